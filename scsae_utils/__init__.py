@@ -1,0 +1,1 @@
+"""Extract and interpret biological concepts from scRNA-seq foundation models (Claye et al. 2025)."""

@@ -1,0 +1,286 @@
+"""scGPT: the model that turns one cell into one vector, in plain torch.
+
+The architecture and the names of the tensors are those of the released checkpoints (Cui et al. 2024), so that the
+shipped ``scgpt-mini`` and the whole-human checkpoint open through the same loader. A cell enters as a sequence of
+tokens, ``<cls>`` first; each token is the sum of a gene embedding and an embedding of the gene's binned expression;
+the output at ``<cls>``, divided by its length, is the cell embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+SHIPPED = ("scgpt-mini",)
+WEIGHT_FILES = ("model.safetensors", "best_model.safetensors", "best_model.pt")
+NOT_NEEDED = ("decoder.", "cls_decoder.", "mvc_decoder.", "flag_encoder.")  # used in pretraining, not for embedding
+
+
+@dataclass(frozen=True)
+class ScGPTConfig:
+    """What ``args.json`` says of the architecture, under scGPT's own names.
+
+    Parameters
+    ----------
+    embsize, nheads, d_hid, nlayers
+        Width d of the embedding, attention heads, width of the feed-forward layer, number of layers.
+    n_bins
+        Expression is binned to the whole numbers 0 (not expressed) to ``n_bins - 1``.
+    mask_value, pad_value
+        Values that stand for "masked" and "padding"; ``<cls>`` carries ``pad_value`` as in ``embed_data``.
+    max_seq_len
+        Most tokens of a cell, ``<cls>`` included.
+    pad_token
+        Symbol of the padding token in the vocabulary.
+    pre_norm
+        Layer norm before each block (scGPT's ``norm_scheme="pre"``) and not after it.
+    """
+
+    embsize: int
+    nheads: int
+    d_hid: int
+    nlayers: int
+    n_bins: int = 51
+    mask_value: int = -1
+    pad_value: int = -2
+    max_seq_len: int = 1200
+    pad_token: str = "<pad>"
+    pre_norm: bool = False
+
+    @classmethod
+    def from_args(cls, args: dict) -> ScGPTConfig:
+        """Read from the contents of ``args.json``; other keys are ignored, missing ones are an error."""
+        missing = [key for key in ("embsize", "nheads", "d_hid", "nlayers") if key not in args]
+        if missing:
+            raise ValueError(f"args.json lacks {', '.join(missing)}: it does not describe an scGPT model")
+        style = args.get("input_emb_style", "continuous")
+        if style != "continuous":
+            raise ValueError(f"args.json asks for input_emb_style={style!r}; only 'continuous' models are supported")
+        config = cls(**{key: args[key] for key in cls.__dataclass_fields__ if key in args})
+        if config.embsize % config.nheads:
+            raise ValueError(f"embsize {config.embsize} is not divisible by nheads {config.nheads}")
+        return config
+
+
+class GeneEncoder(nn.Module):
+    """Which gene: a learned vector per symbol, layer-normalised."""
+
+    def __init__(self, n_tokens: int, dim: int):
+        super().__init__()
+        self.embedding = nn.Embedding(n_tokens, dim)
+        self.enc_norm = nn.LayerNorm(dim)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.enc_norm(self.embedding(ids))
+
+
+class ValueEncoder(nn.Module):
+    """How much: a small network of the binned expression, continuous in it; values above 512 count as 512."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear1 = nn.Linear(1, dim)
+        self.linear2 = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, values: Tensor) -> Tensor:
+        x = values.unsqueeze(-1).clamp(max=512).to(self.linear1.weight.dtype)
+        return self.norm(self.linear2(F.relu(self.linear1(x))))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of all tokens, or of ``<cls>`` alone, to all tokens."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def forward(self, x: Tensor, keep: Tensor | None = None, only_cls: bool = False) -> Tensor:
+        dim = x.shape[-1]
+
+        def heads(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        if only_cls:
+            q = F.linear(x[:, :1], self.in_proj_weight[:dim], self.in_proj_bias[:dim])
+            k, v = F.linear(x, self.in_proj_weight[dim:], self.in_proj_bias[dim:]).chunk(2, -1)
+        else:
+            q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        mask = None if keep is None else keep[:, None, None, :]
+        y = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), attn_mask=mask)
+        return self.out_proj(y.transpose(1, 2).flatten(-2))
+
+
+class Layer(nn.Module):
+    """One transformer layer. With ``only_cls`` its output is computed for ``<cls>`` alone, which is all the last one needs."""
+
+    def __init__(self, config: ScGPTConfig):
+        super().__init__()
+        dim = config.embsize
+        self.pre_norm = config.pre_norm
+        self.self_attn = SelfAttention(dim, config.nheads)
+        self.linear1, self.linear2 = nn.Linear(dim, config.d_hid), nn.Linear(config.d_hid, dim)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, keep: Tensor | None = None, only_cls: bool = False) -> Tensor:
+        if self.pre_norm:  # as in scGPT, the residual starts from the normalised input
+            x = self.norm1(x)
+        y = self.self_attn(x, keep, only_cls)
+        x = (x[:, :1] if only_cls else x) + y
+        x = self.norm2(x) if self.pre_norm else self.norm1(x)
+        x = x + self.linear2(F.relu(self.linear1(x)))
+        return x if self.pre_norm else self.norm2(x)
+
+
+class ScGPT(nn.Module):
+    """The cell encoder phi of the paper (Sec. 2.1).
+
+    Parameters
+    ----------
+    config
+        The architecture.
+    vocab
+        Symbol to token id, with ``<pad>`` and ``<cls>``; ids are 0 to ``len(vocab) - 1``.
+
+    Attributes
+    ----------
+    ignored
+        Names of the tensors of the checkpoint that embedding does not need.
+    card
+        The model card as a dict, where the folder has one (``card.json``).
+    """
+
+    def __init__(self, config: ScGPTConfig, vocab: dict[str, int]):
+        super().__init__()
+        for token in (config.pad_token, "<cls>"):
+            if token not in vocab:
+                raise ValueError(f"the vocabulary has no {token!r} token")
+        if sorted(vocab.values()) != list(range(len(vocab))):
+            raise ValueError(f"the ids of the vocabulary are not 0 to {len(vocab) - 1}, each once")
+        self.config, self.vocab = config, vocab
+        self.ignored: list[str] = []
+        self.card: dict = {}
+        self.encoder = GeneEncoder(len(vocab), config.embsize)
+        self.value_encoder = ValueEncoder(config.embsize)
+        self.transformer_encoder = nn.ModuleDict({"layers": nn.ModuleList(Layer(config) for _ in range(config.nlayers))})
+        nn.init.uniform_(self.encoder.embedding.weight, -0.1, 0.1)  # scGPT's own start
+
+    @property
+    def dim(self) -> int:
+        """Width d of the cell embedding."""
+        return self.config.embsize
+
+    @property
+    def genes(self) -> set[str]:
+        """The gene symbols that the model knows."""
+        return {symbol for symbol in self.vocab if not symbol.startswith("<")}
+
+    def fingerprint(self) -> str:
+        """SHA-256 (first 16 hex digits) of the weights that the embedding uses, to be kept with every result."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def tokens(self, ids: Tensor, values: Tensor) -> Tensor:
+        """Token embeddings (n, N, d) of gene ids and binned values, both (n, N)."""
+        return self.encoder(ids) + self.value_encoder(values)
+
+    def encode(self, x: Tensor, keep: Tensor | None = None, only_cls: bool = True) -> Tensor:
+        """Transformer output of token embeddings (n, N, d): (n, d) for ``<cls>``, or all (n, N, d) if not ``only_cls``.
+
+        ``keep`` (n, N) is True for real tokens, False for padding; None means that there is no padding.
+        """
+        *first, last = self.transformer_encoder["layers"]
+        for layer in first:
+            x = layer(x, keep)
+        return last(x, keep, only_cls=True)[:, 0] if only_cls else last(x, keep)
+
+    def forward(self, ids: Tensor, values: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Cell embeddings (n, d) of unit length, from gene ids and binned values (n, N), ``<cls>`` in column 0."""
+        return F.normalize(self.encode(self.tokens(ids, values), keep).float(), dim=-1)
+
+    def random_like(self, seed: int = 0) -> ScGPT:
+        """The same network with random weights, as before training: the null to compare with."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return ScGPT(self.config, self.vocab).eval().requires_grad_(False)
+
+
+def load_model(name_or_folder: str | Path = "scgpt-mini") -> ScGPT:
+    """Open a pretrained scGPT.
+
+    Parameters
+    ----------
+    name_or_folder
+        ``"scgpt-mini"``, which travels with this package, or a folder in scGPT's own form: ``args.json``,
+        ``vocab.json`` and ``best_model.pt`` or ``model.safetensors``.
+
+    Returns
+    -------
+    ScGPT
+        In evaluation mode, single precision, on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder or one of its files is missing.
+    ValueError
+        If a tensor that the embedding needs is missing or has another shape; the message lists them all.
+    """
+    folder = Path(str(files("scsae_utils") / "data" / name_or_folder)) if name_or_folder in SHIPPED else Path(name_or_folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no model folder {str(folder)!r}: give one of {', '.join(SHIPPED)} or a folder with args.json")
+    for name in ("args.json", "vocab.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}: a folder in scGPT's form has args.json, vocab.json and weights")
+    weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if weights is None:
+        raise FileNotFoundError(f"{folder} has no weights: looked for {', '.join(WEIGHT_FILES)}")
+    config = ScGPTConfig.from_args(json.loads((folder / "args.json").read_text()))
+    model = ScGPT(config, json.loads((folder / "vocab.json").read_text()))
+    tensors = load_file(weights) if weights.suffix == ".safetensors" else torch.load(weights, map_location="cpu", weights_only=True)
+    tensors = {k.removeprefix("module.").replace("self_attn.Wqkv.", "self_attn.in_proj_"): v for k, v in tensors.items()}
+    needed = model.state_dict()
+    problems = [f"{k}: missing, needs {tuple(v.shape)}" for k, v in needed.items() if k not in tensors]
+    problems += [
+        f"{k}: has shape {tuple(tensors[k].shape)}, needs {tuple(v.shape)}"
+        for k, v in needed.items()
+        if k in tensors and tensors[k].shape != v.shape
+    ]
+    if problems:
+        raise ValueError(f"{weights} does not fit its args.json and vocab.json:\n  " + "\n  ".join(problems))
+    model.load_state_dict({k: tensors[k].float() for k in needed})
+    model.ignored = sorted(set(tensors) - set(needed))
+    if (folder / "card.json").is_file():
+        model.card = json.loads((folder / "card.json").read_text())
+    return model.eval().requires_grad_(False)
+
+
+def save_model(model: ScGPT, folder: str | Path, extra: dict[str, Tensor] | None = None, half: bool = False) -> None:
+    """Write a model in scGPT's own form (``args.json``, ``vocab.json``, ``model.safetensors``).
+
+    ``extra`` holds further tensors to keep (the decoders of pretraining); ``half`` stores 16-bit floats.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {**model.state_dict(), **(extra or {})}
+    tensors = {k: (v.half() if half else v.float()).contiguous() for k, v in tensors.items()}
+    save_file(tensors, folder / "model.safetensors.part")
+    (folder / "model.safetensors.part").replace(folder / "model.safetensors")
+    args = {**asdict(model.config), "input_emb_style": "continuous", "input_style": "binned"}
+    (folder / "args.json").write_text(json.dumps(args, indent=1) + "\n")
+    (folder / "vocab.json").write_text(json.dumps(model.vocab, indent=0) + "\n")
