@@ -1,0 +1,339 @@
+"""Cells in: the data sets that travel in packages, or any h5ad; checked, harmonised, labelled at three levels.
+
+Every other module expects what :func:`load_cells` returns: ``X`` log1p of counts per 10,000 (CSR), gene symbols as
+``var_names``, and in ``obs`` the columns ``cell_type``, ``cell_type_mid``, ``cell_type_high`` (the three levels of the
+paper's Table 1) and ``study``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scanpy as sc
+from anndata import AnnData
+from scipy import sparse
+
+log = logging.getLogger(__name__)
+
+LEVELS = {"low": "cell_type", "mid": "cell_type_mid", "high": "cell_type_high"}
+UNASSIGNED = "Unassigned"
+TARGET_SUM = 1e4  # counts per cell before the logarithm
+
+# Low-level label: (mid, high), in the words of the paper's Table 1 where it has them ("Myeloid" for its "Myeloblast").
+HIERARCHY = {
+    "CD14+ Monocyte": ("Monocytes", "Myeloid"),
+    "FCGR3A+ Monocyte": ("Monocytes", "Myeloid"),
+    "Macrophages": ("Macrophages", "Myeloid"),
+    "Dendritic": ("Dendritic", "Myeloid"),
+    "Migratory dendritic cells": ("Dendritic", "Myeloid"),
+    "CD19+ B": ("B_lymphocytes", "B"),
+    "Activated B cells": ("B_lymphocytes", "B"),
+    "CD4+/CD25 T Reg": ("T_CD4", "T"),
+    "CD4+/CD45RA+/CD25- Naive T": ("T_CD4", "T"),
+    "CD4+/CD45RO+ Memory": ("T_CD4", "T"),
+    "CD8+ Cytotoxic T": ("T_CD8", "T"),
+    "CD8+/CD45RA+ Naive Cytotoxic": ("T_CD8", "T"),
+    "T cells": ("T_misc", "T"),
+    "CD56+ NK": ("NK", "ILC"),
+    "NK cells": ("NK", "ILC"),
+    "CD34+": ("Progenitor", "Progenitor"),
+    UNASSIGNED: (UNASSIGNED, UNASSIGNED),
+}
+
+# What the unlabelled celltypist sample is labelled by. T cells are not divided: CD4 and CD8 are hardly detected.
+MARKERS = {
+    "Macrophages": ["SPARC", "CHI3L1", "APOE", "LIPA", "GPNMB", "APOC1"],
+    "CD14+ Monocyte": ["VCAN", "FCN1", "CD14", "THBS1", "S100A8", "S100A9", "S100A12", "CD36"],
+    "FCGR3A+ Monocyte": ["FCGR3A", "VMO1", "MS4A7", "LST1", "CD300E"],
+    "T cells": ["CD3D", "CD3E", "CD3G", "CD2", "TRBC2", "TRAC", "CD247", "IL32"],
+    "NK cells": ["GNLY", "NKG7", "KLRD1", "KLRF1", "PRF1", "GZMB", "CST7"],
+    "Activated B cells": ["MS4A1", "CD79A", "CD79B", "MIR155HG", "BANK1", "HLA-DQA1"],
+    "Migratory dendritic cells": ["LAMP3", "CCR7", "CD83", "CCL19", "CCL22", "FSCN1", "IDO1"],
+}
+
+
+def label_by_markers(
+    adata: AnnData,
+    markers: dict[str, list[str]] = MARKERS,
+    neighbors: int = 8,
+    min_score: float = 0.4,
+    max_second: float = 0.85,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Label cells by marker genes, and leave unlabelled what the markers do not show.
+
+    The rule: a cell's score for a type is the mean log expression of the type's markers over the cell and its nearest
+    neighbours (30 principal components of 2,000 variable genes), since single cells miss many of their genes. Each
+    type's scores are divided by the ninth highest one, so that types with strong and weak markers compare. The best
+    type is the label, if its score is at least ``min_score`` and the second best is at most ``max_second`` of it.
+
+    Parameters
+    ----------
+    adata
+        Cells with log1p values in ``X``.
+    markers
+        Type to marker symbols; symbols that are not measured are left out.
+    neighbors
+        Cells that are averaged, the cell itself included.
+
+    Returns
+    -------
+    Table (n_cells rows): one column of scores for each type, and ``label``.
+
+    Raises
+    ------
+    ValueError
+        If none of a type's markers is measured.
+    """
+    variable = sc.pp.highly_variable_genes(adata, n_top_genes=min(2000, adata.n_vars), inplace=False)["highly_variable"]
+    space = AnnData(adata.X[:, variable.to_numpy()])
+    sc.pp.pca(space, n_comps=min(30, space.n_vars - 1, space.n_obs - 1), random_state=seed)
+    sc.pp.neighbors(space, n_neighbors=neighbors, knn=True, random_state=seed)
+    near = (space.obsp["distances"] > 0) + sparse.identity(adata.n_obs, format="csr")
+    near = sparse.diags(1 / near.sum(1).A1) @ near
+    scores = {}
+    for cell_type, symbols in markers.items():
+        found = [symbol for symbol in symbols if symbol in adata.var_names]
+        if not found:
+            raise ValueError(f"none of the markers of {cell_type!r} is measured: {', '.join(symbols)}")
+        score = near @ np.asarray(adata[:, found].X.mean(axis=1)).ravel()
+        scores[cell_type] = score / np.sort(score)[-min(9, len(score))]
+    table = pd.DataFrame(scores, index=adata.obs_names)
+    ranked = np.sort(table.to_numpy(), axis=1)
+    sure = (ranked[:, -1] >= min_score) & (ranked[:, -2] <= max_second * ranked[:, -1])
+    table["label"] = np.where(sure, table.idxmax(axis=1), UNASSIGNED)
+    return table
+
+
+def normalise(adata: AnnData) -> AnnData:
+    """Counts to log1p of counts per 10,000, in place; the counts are kept in ``layers["counts"]``."""
+    adata.layers["counts"] = adata.X.copy()
+    sc.pp.normalize_total(adata, target_sum=TARGET_SUM)
+    sc.pp.log1p(adata)
+    return adata
+
+
+def load_pbmc68k() -> AnnData:
+    """``scanpy.datasets.pbmc68k_reduced()``: 700 labelled blood cells of one donor, 765 genes (Zheng et al. 2017).
+
+    Its log values are of counts per 10,000; the counts are recovered exactly from them and each cell's total.
+    """
+    source = sc.datasets.pbmc68k_reduced()
+    adata = AnnData(sparse.csr_matrix(source.raw.X, dtype=np.float32), obs=source.obs[["bulk_labels", "n_counts", "percent_mito"]])
+    adata.var_names = source.raw.var_names
+    counts = sparse.diags(source.obs["n_counts"].to_numpy() / TARGET_SUM) @ adata.X.expm1()
+    counts.data = np.rint(counts.data)
+    adata.layers["counts"] = sparse.csr_matrix(counts, dtype=np.float32)
+    adata.obs["cell_type"] = adata.obs.pop("bulk_labels").astype(str)
+    adata.obs["study"] = "pbmc68k"
+    return adata
+
+
+def load_celltypist_sample() -> AnnData:
+    """The sample that celltypist ships: 559 cells, 32,786 genes, raw counts; labelled by :func:`label_by_markers`."""
+    from celltypist import samples  # slow to import, and only needed here
+
+    table = pd.read_csv(samples.get_sample_csv(), index_col=0)
+    adata = normalise(AnnData(sparse.csr_matrix(table.to_numpy(np.float32)), obs=pd.DataFrame(index=table.index)))
+    adata.var_names = table.columns
+    adata.obs["n_counts"] = adata.layers["counts"].sum(1).A1
+    mitochondrial = adata.var_names.str.startswith("MT-")
+    adata.obs["percent_mito"] = adata.layers["counts"][:, mitochondrial].sum(1).A1 / adata.obs["n_counts"]
+    adata.obs["cell_type"] = label_by_markers(adata)["label"]
+    adata.obs["study"] = "celltypist"
+    return adata
+
+
+def load_mini() -> AnnData:
+    """Both packaged data sets on their common genes; with different panels the strongest concepts would be the study."""
+    parts = [load_pbmc68k(), load_celltypist_sample()]
+    adata = ad.concat(parts, join="inner", merge="same")
+    adata.obs_names = adata.obs["study"] + ":" + adata.obs_names
+    return adata
+
+
+SOURCES = {"mini": load_mini, "pbmc68k": load_pbmc68k, "celltypist": load_celltypist_sample}
+SYMBOL_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "symbol", "gene_short_name", "SYMBOL")
+
+
+def near_misses(name: str, known, n: int = 3) -> str:
+    """For error messages: the known names most like ``name``, without regard to case."""
+    known = {str(k).casefold(): str(k) for k in known}
+    close = difflib.get_close_matches(str(name).casefold(), known, n=n, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(known[c]) for c in close)}?" if close else ""
+
+
+def check_values(adata: AnnData) -> str:
+    """Tell counts from log values: returns ``"counts"`` or ``"log1p"``.
+
+    Raises
+    ------
+    ValueError
+        If values are NaN, infinite or negative (scaled data), or neither counts nor plausible log values.
+    """
+    values = adata.X.data if sparse.issparse(adata.X) else np.asarray(adata.X).ravel()
+    if not np.isfinite(values).all():
+        raise ValueError(f"X holds {(~np.isfinite(values)).sum()} NaN or infinite values: remove or repair these cells first")
+    if len(values) and values.min() < 0:
+        raise ValueError("X holds negative values, so it is scaled or corrected data; scGPT needs counts or log1p values")
+    if (values == np.rint(values)).all():
+        return "counts"
+    if values.max() > 20:
+        raise ValueError(f"X is neither counts (not whole numbers) nor log1p values (its maximum is {values.max():.3g}): give raw counts")
+    return "log1p"
+
+
+def load_h5ad(
+    path: Path,
+    label: str | None = None,
+    label_mid: str | None = None,
+    label_high: str | None = None,
+    study: str | None = None,
+) -> AnnData:
+    """Read and check a file of cells; see :func:`load_cells`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file of cells {str(path)!r}; give a path to an .h5ad file or one of {', '.join(SOURCES)}")
+    try:
+        adata = ad.read_h5ad(path)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{path} is not an .h5ad file that anndata can read: {error}") from error
+    columns = {"cell_type": label, "cell_type_mid": label_mid, "cell_type_high": label_high, "study": study}
+    for column in filter(None, columns.values()):
+        if column not in adata.obs:
+            found = ", ".join(map(str, adata.obs.columns)) or "none"
+            raise ValueError(f"obs has no column {column!r} (it has: {found}){near_misses(column, adata.obs.columns)}")
+    if label is None:
+        found = ", ".join(map(str, adata.obs.columns)) or "none"
+        raise ValueError(f"say which column of obs holds the cell types (label=...); it has: {found}")
+    symbols = adata.var_names.astype(str)
+    if symbols.str.match(r"ENS[A-Z]*G\d{6,}").mean() > 0.5:
+        column = next((c for c in SYMBOL_COLUMNS if c in adata.var), None)
+        if column is None:
+            raise ValueError(f"genes are Ensembl ids and var has no column of symbols (looked for {', '.join(SYMBOL_COLUMNS)})")
+        log.warning("genes are Ensembl ids; symbols taken from var[%r]", column)
+        symbols = pd.Index(adata.var[column].astype(str))
+    values = check_values(adata)
+    log.warning("X of %s read as %s", path.name, "counts" if values == "counts" else "log1p values")
+    X = sparse.csr_matrix(adata.X, dtype=np.float32)
+    X.eliminate_zeros()
+    obs = pd.DataFrame(
+        {new: adata.obs[old].astype(str).replace("nan", UNASSIGNED) for new, old in columns.items() if old},
+        index=adata.obs_names.astype(str),
+    )
+    if not obs.index.is_unique:
+        raise ValueError(f"{obs.index.duplicated().sum()} cell names occur more than once: make obs_names unique")
+    adata = AnnData(X, obs=obs.assign(**({} if study else {"study": path.stem})))
+    adata.var_names = symbols
+    if not symbols.is_unique:  # of genes with one symbol the most expressed stays
+        order = np.argsort(-X.sum(0).A1, kind="stable")
+        first = np.sort(order[~symbols[order].duplicated()])
+        log.warning("%d genes share a symbol with a more expressed one and were left out", len(symbols) - len(first))
+        adata = adata[:, first].copy()
+    if values == "counts":
+        adata.obs["n_counts"] = X.sum(1).A1
+    empty = np.diff(adata.X.indptr) == 0
+    if empty.any():
+        log.warning("%d empty cells were left out", empty.sum())
+        adata = adata[~empty].copy()
+    if adata.n_obs == 0:
+        raise ValueError(f"{path} holds no cells with any expression")
+    return normalise(adata) if values == "counts" else adata
+
+
+def load_cells(
+    cells: str | Path = "mini",
+    label: str | None = None,
+    label_mid: str | None = None,
+    label_high: str | None = None,
+    study: str | None = None,
+    n_top_genes: int | None = None,
+    genes=None,
+) -> AnnData:
+    """Load cells, checked and ready for :func:`scsae_utils.embed`.
+
+    Parameters
+    ----------
+    cells
+        ``"mini"`` (both packaged data sets on their common genes), ``"pbmc68k"`` or ``"celltypist"`` (one of them on
+        its full panel), or the path of an h5ad file with counts or log1p values and gene symbols or Ensembl ids.
+    label, label_mid, label_high
+        For a file: columns of ``obs`` with the cell types at the low, mid and high level. A missing level repeats the
+        one below it.
+    study
+        For a file: column of ``obs`` with the study (or donor) of each cell. Default: one study, the file's name.
+    n_top_genes
+        Keep this many highly variable genes, chosen within each study and combined (paper: 2,000).
+    genes
+        Keep only these symbols (for instance ``model.genes``) before the variable genes are chosen.
+
+    Returns
+    -------
+    AnnData with log1p of counts per 10,000 in ``X`` (CSR), ``layers["counts"]`` where the counts are known, and
+    ``cell_type``, ``cell_type_mid``, ``cell_type_high``, ``study`` in ``obs``.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        Before any work: no such file, columns missing, values negative, NaN or neither counts nor logarithms, gene
+        symbols not to be found, cell names not unique.
+    """
+    if cells in SOURCES:
+        if label or label_mid or label_high or study:
+            raise ValueError(f"label and study columns are for files; {cells!r} has its own")
+        adata = SOURCES[cells]()
+        low = adata.obs["cell_type"]
+        adata.obs["cell_type_mid"] = low.map({k: v[0] for k, v in HIERARCHY.items()})
+        adata.obs["cell_type_high"] = low.map({k: v[1] for k, v in HIERARCHY.items()})
+    else:
+        path = Path(cells)
+        if not path.suffix and not path.exists():
+            raise FileNotFoundError(f"no cells {str(cells)!r}: give one of {', '.join(SOURCES)} or a path{near_misses(cells, SOURCES)}")
+        adata = load_h5ad(path, label, label_mid, label_high, study)
+    for below, column in zip(list(LEVELS.values()), list(LEVELS.values())[1:]):
+        if column not in adata.obs:
+            adata.obs[column] = adata.obs[below]
+    for column in [*LEVELS.values(), "study"]:
+        adata.obs[column] = pd.Categorical(adata.obs[column].astype(str))
+    if genes is not None:
+        known = adata.var_names.isin(list(genes))
+        if known.sum() < 10:
+            raise ValueError(f"only {known.sum()} of {adata.n_vars} genes are among the genes to keep (first: {', '.join(adata.var_names[:3])})")
+        adata = adata[:, known].copy()
+    if n_top_genes is not None and n_top_genes < adata.n_vars:
+        batch = "study" if adata.obs["study"].nunique() > 1 else None
+        sc.pp.highly_variable_genes(adata, n_top_genes=n_top_genes, batch_key=batch)
+        adata = adata[:, adata.var["highly_variable"]].copy()
+        adata = adata[np.diff(adata.X.indptr) > 0].copy()
+    return adata
+
+
+def split_cells(adata: AnnData, share: float = 0.2, seed: int = 0) -> AnnData:
+    """Hold out a share of the cells of every type and study for validation, once; kept in ``obs["split"]``.
+
+    Returns
+    -------
+    ``adata`` with ``obs["split"]``: ``"train"`` or ``"validation"``.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"the share of held-out cells must lie between 0 and 1, not {share}")
+    rng = np.random.default_rng(seed)
+    held_out = np.zeros(adata.n_obs, bool)
+    for rows in adata.obs.reset_index().groupby(["study", "cell_type"], observed=True).groups.values():
+        rows = rng.permutation(np.asarray(rows))
+        held_out[rows[: int(len(rows) * share + rng.random())]] = True  # rounded at random, so that the total is right
+    adata.obs["split"] = pd.Categorical(np.where(held_out, "validation", "train"), categories=["train", "validation"])
+    return adata
+
+
+def type_table(adata: AnnData) -> pd.DataFrame:
+    """The paper's Table 1: low-, mid- and high-level type with the number of cells of each study and in all."""
+    levels = list(LEVELS.values())
+    table = adata.obs.groupby([*levels, "study"], observed=True).size().unstack("study", fill_value=0)
+    table["cells"] = table.sum(axis=1)
+    table.columns.name = None
+    return table.reset_index().sort_values(levels[::-1], ignore_index=True)

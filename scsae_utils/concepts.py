@@ -1,0 +1,248 @@
+"""Concepts as an AnnData of cells x concepts: activations, Table 2, taxonomy (paper Sec. 2.2, A.3, A.4)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import scanpy as sc
+from anndata import AnnData
+from scipy import sparse
+
+from .cells import LEVELS, UNASSIGNED, near_misses
+from .sae import SAE
+
+KINDS = ("whole-cell-type", "sub-cell-type", "cross-cell-type")
+
+
+def concept_data(adata: AnnData, sae: SAE, min_frequency: float = 1e-4, key: str = "X_scGPT") -> AnnData:
+    """Activations of every concept in every cell.
+
+    Parameters
+    ----------
+    adata
+        Cells with embeddings in ``obsm[key]``.
+    sae
+        From :func:`scsae_utils.train_sae`.
+    min_frequency
+        Concepts that are active in a smaller share of the cells are dropped by post-processing (paper: 0.01 %).
+
+    Returns
+    -------
+    AnnData, cells x c concepts, named ``concept_0`` and so on: ``X`` activations (CSR); ``var``: ``n_cells``,
+    ``frequency``, ``max_activation``, ``mean_activation`` (over active cells), ``kept`` (survives post-processing);
+    ``varm["vectors"]`` (c, d) rows of W_d; ``obs``, ``obsm`` as in ``adata``.
+    """
+    U = sae.activations(adata.obsm[key])
+    n_cells = U.getnnz(axis=0)
+    frequency = n_cells / U.shape[0]
+    var = pd.DataFrame(
+        {
+            "n_cells": n_cells,
+            "frequency": frequency,
+            "max_activation": U.max(axis=0).toarray().ravel(),
+            "mean_activation": U.sum(axis=0).A1 / np.maximum(n_cells, 1),
+            "kept": (n_cells > 0) & (frequency >= min_frequency),
+        },
+        index=[f"concept_{j}" for j in range(U.shape[1])],
+    )
+    out = AnnData(U, obs=adata.obs.copy(), var=var, obsm={k: np.asarray(v) for k, v in adata.obsm.items()})
+    out.varm["vectors"] = sae.W_d.detach().numpy().copy()
+    out.uns["min_frequency"] = min_frequency
+    return out
+
+
+def kept(concepts: AnnData) -> AnnData:
+    """The concepts that survive post-processing (a view)."""
+    return concepts[:, concepts.var["kept"].to_numpy()]
+
+
+def number(name: str) -> int:
+    """``"concept_17"`` to 17."""
+    return int(str(name).removeprefix("concept_"))
+
+
+def variance_explained(a: np.ndarray, reconstruction: np.ndarray) -> float:
+    """``1 - sum ||a - a'||^2 / sum ||a - mean(a)||^2`` over cells; both (n, d)."""
+    return float(1 - ((a - reconstruction) ** 2).sum() / ((a - a.mean(0)) ** 2).sum())
+
+
+def sae_metrics(concepts: AnnData, sae: SAE, key: str = "X_scGPT") -> pd.DataFrame:
+    """The paper's Table 2, and what it leaves out.
+
+    Columns: training, validation (each with all concepts, on the cells of that split) and post-processed (all cells,
+    kept concepts only). Rows: variance explained; active concepts (||U_i||_0 > 0); concepts per sample (mean
+    ||U_j||_0, the count: the paper's formula says ``1 - ||U_j||_0 / c``); concept activation frequency (mean of
+    ||U_i||_0 / n over the active concepts); share of the dictionary that is active; cells.
+    """
+    split = concepts.obs["split"].to_numpy()
+    parts = {
+        "Training": (split == "train", np.ones(concepts.n_vars, bool)),
+        "Validation": (split == "validation", np.ones(concepts.n_vars, bool)),
+        "Post-processed": (np.ones(concepts.n_obs, bool), concepts.var["kept"].to_numpy()),
+    }
+    W_d, b_d = sae.W_d.detach().numpy(), sae.b_d.detach().numpy()
+    table = {}
+    for name, (rows, columns) in parts.items():
+        U = concepts.X[rows][:, columns]
+        cells = U.getnnz(axis=0)
+        table[name] = {
+            "Variance explained": variance_explained(concepts.obsm[key][rows], U @ W_d[columns] + b_d),
+            "Active concepts": int((cells > 0).sum()),
+            "Concepts per sample": U.nnz / U.shape[0],
+            "Concept activation frequency": cells[cells > 0].mean() / U.shape[0] if cells.any() else 0.0,
+            "Share of the dictionary active": (cells > 0).sum() / concepts.n_vars,
+            "Cells": U.shape[0],
+        }
+    return pd.DataFrame(table)
+
+
+def type_shares(concepts: AnnData, level: str = "low") -> pd.DataFrame:
+    """Share of each cell type among the cells that activate a concept: concepts x types, rows sum to 1.
+
+    ``level`` is ``"low"``, ``"mid"`` or ``"high"``. The row of a concept that never activates is zero.
+    """
+    counts, _ = active_counts(concepts, level)
+    return counts.div(np.maximum(counts.sum(axis=1), 1), axis=0)
+
+
+def active_counts(concepts: AnnData, level: str) -> tuple[pd.DataFrame, pd.Series]:
+    """Active cells of each concept and type (concepts x types), and the number of cells of each type."""
+    if level not in LEVELS:
+        raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
+    types = concepts.obs[LEVELS[level]].astype("category").cat.remove_unused_categories()
+    member = sparse.csr_matrix(pd.get_dummies(types).to_numpy(np.float32))
+    counts = ((concepts.X > 0).astype(np.float32).T @ member).toarray()
+    return pd.DataFrame(counts, index=concepts.var_names, columns=list(types.cat.categories)), types.value_counts()
+
+
+def taxonomy(concepts: AnnData, threshold: float = 0.8) -> pd.DataFrame:
+    """Main cell type and kind of every concept (paper A.4).
+
+    The main type is the first label whose share among the active cells exceeds ``threshold``, looked for at the low,
+    then the mid, then the high level; where there is none, the most frequent low-level label. Cells without a label
+    count among the active ones but are nobody's main type.
+
+    Returns
+    -------
+    Table, one row for each concept: ``main_type``, ``level``, ``specificity`` = P(type | active), ``sensitivity`` =
+    P(active | type), ``f1`` of the two, ``kind``: whole-cell-type (both above the threshold), sub-cell-type
+    (specificity alone), cross-cell-type (the rest). Concepts that never activate have an empty ``kind``.
+    """
+    rows = pd.DataFrame(
+        {"main_type": "", "level": "", "specificity": np.nan, "sensitivity": np.nan}, index=concepts.var_names
+    ).astype({"main_type": object, "level": object})
+    active = concepts.X.getnnz(axis=0) > 0
+    found = np.zeros(concepts.n_vars, bool)
+    for level, force in [("low", False), ("mid", False), ("high", False), ("low", True)]:
+        counts, sizes = active_counts(concepts, level)
+        named = counts.drop(columns=UNASSIGNED, errors="ignore")
+        best = named.idxmax(axis=1)
+        hits = named.max(axis=1)
+        share = hits / np.maximum(counts.sum(axis=1), 1)
+        new = active & ~found & ((share > threshold).to_numpy() | force)
+        rows.loc[new, "main_type"] = best[new]
+        rows.loc[new, "level"] = level
+        rows.loc[new, "specificity"] = share[new]
+        rows.loc[new, "sensitivity"] = (hits / best.map(sizes))[new]
+        found |= new
+    total = rows["specificity"] + rows["sensitivity"]
+    rows["f1"] = 2 * rows["specificity"] * rows["sensitivity"] / total.where(total > 0)
+    specific, sensitive = rows["specificity"] > threshold, rows["sensitivity"] > threshold
+    rows["kind"] = np.select([~active, specific & sensitive, specific], ["", *KINDS[:2]], KINDS[2])
+    return rows
+
+
+def score_types(concepts: AnnData, main: pd.DataFrame) -> pd.DataFrame:
+    """Specificity, sensitivity and F1 of given main types (``main_type``, ``level``) in these cells.
+
+    To be used with types that were chosen on other cells: ``score_types(held_out, taxonomy(training))``.
+    ``n_active`` is the number of active cells; with none, specificity is missing.
+    """
+    out = pd.DataFrame(np.nan, index=main.index, columns=["specificity", "sensitivity", "f1"])
+    out["n_active"] = concepts[:, main.index].X.getnnz(axis=0)
+    for level, group in main[main["level"] != ""].groupby("level"):
+        counts, sizes = active_counts(concepts[:, group.index], level)
+        present = group["main_type"].isin(counts.columns)
+        hits = pd.Series({j: counts.at[j, t] for j, t in group.loc[present, "main_type"].items()}, dtype=float)
+        out.loc[hits.index, "specificity"] = hits / counts.sum(axis=1)[hits.index].replace(0, np.nan)
+        out.loc[hits.index, "sensitivity"] = hits / group.loc[present, "main_type"].map(sizes)
+    total = out["specificity"] + out["sensitivity"]
+    out["f1"] = 2 * out["specificity"] * out["sensitivity"] / total.where(total > 0)
+    return out
+
+
+def add_taxonomy(concepts: AnnData, threshold: float = 0.8) -> AnnData:
+    """Put :func:`taxonomy` over all cells into ``var``, and beside it the held-out check.
+
+    ``f1_train`` and ``f1_held_out`` (with ``specificity_held_out``, ``sensitivity_held_out``, ``main_type_train``)
+    are of main types that were chosen on the training cells alone.
+    """
+    concepts.var = concepts.var.drop(columns=concepts.var.columns.intersection(taxonomy_columns)).join(taxonomy(concepts, threshold))
+    train = (concepts.obs["split"] == "train").to_numpy()
+    chosen = taxonomy(concepts[train], threshold)
+    held_out = score_types(concepts[~train], chosen)
+    concepts.var["main_type_train"], concepts.var["f1_train"] = chosen["main_type"], chosen["f1"]
+    for name in ("specificity", "sensitivity", "f1"):
+        concepts.var[f"{name}_held_out"] = held_out[name]
+    return concepts
+
+
+taxonomy_columns = [
+    *("main_type", "level", "specificity", "sensitivity", "f1", "kind", "main_type_train", "f1_train"),
+    *("specificity_held_out", "sensitivity_held_out", "f1_held_out"),
+]
+
+
+def map_concepts(concepts: AnnData, seed: int = 0) -> np.ndarray:
+    """UMAP (k, 2) of the vectors of the kept concepts, for the paper's Fig. 10; cosine distance."""
+    vectors = AnnData(kept(concepts).varm["vectors"])
+    neighbors = min(15, vectors.n_obs - 1)
+    if vectors.n_obs < 4:
+        raise ValueError(f"only {vectors.n_obs} concepts survive post-processing: too few for a map")
+    sc.pp.neighbors(vectors, n_neighbors=neighbors, use_rep="X", metric="cosine", random_state=seed)
+    sc.tl.umap(vectors, random_state=seed)
+    return vectors.obsm["X_umap"]
+
+
+def check_concept(concepts: AnnData, concept: int) -> int:
+    """The number of a concept, or an error that names the nearest ones that are there.
+
+    Raises
+    ------
+    ValueError
+        If there is no such concept, or it never activates, or post-processing dropped it.
+    """
+    there = np.array([number(j) for j in kept(concepts).var_names])
+    if len(there) == 0:
+        raise ValueError("no concept survives post-processing; train the SAE longer or lower min_frequency")
+    near = ", ".join(map(str, sorted(there[np.argsort(abs(there - int(concept)), kind="stable")[:3]])))
+    name = f"concept_{int(concept)}"
+    if name not in concepts.var_names:
+        raise ValueError(f"there is no concept {concept}: the dictionary has 0 to {concepts.n_vars - 1}; near it: {near}")
+    row = concepts.var.loc[name]
+    if row["n_cells"] == 0:
+        raise ValueError(f"concept {concept} never activates in these cells; near it, active ones: {near}")
+    if not row["kept"]:
+        raise ValueError(f"concept {concept} is active in only {row['n_cells']} cells and was dropped by post-processing; near it: {near}")
+    return int(concept)
+
+
+def best_concept_for_type(concepts: AnnData, cell_type: str) -> int:
+    """The kept concept with the highest F1 of specificity and sensitivity for a cell type of any level.
+
+    Raises
+    ------
+    ValueError
+        If no cell has this type; names the near misses.
+    """
+    known: dict[str, str] = {}
+    for level in reversed(LEVELS):  # the lowest level that knows the name wins
+        known |= dict.fromkeys(map(str, concepts.obs[LEVELS[level]].unique()), level)
+    known.pop(UNASSIGNED, None)
+    if cell_type not in known:
+        raise ValueError(f"no cell is a {cell_type!r}{near_misses(cell_type, known) or '; types: ' + ', '.join(sorted(known))}")
+    main = pd.DataFrame({"main_type": cell_type, "level": known[cell_type]}, index=kept(concepts).var_names)
+    scores = score_types(kept(concepts), main)["f1"].fillna(0)
+    if len(scores) == 0 or scores.max() == 0:
+        raise ValueError(f"no concept is active in any {cell_type!r} cell")
+    return number(scores.idxmax())
