@@ -124,7 +124,9 @@ def load_pbmc68k() -> AnnData:
     Its log values are of counts per 10,000; the counts are recovered exactly from them and each cell's total.
     """
     source = sc.datasets.pbmc68k_reduced()
-    adata = AnnData(sparse.csr_matrix(source.raw.X, dtype=np.float32), obs=source.obs[["bulk_labels", "n_counts", "percent_mito"]])
+    adata = AnnData(
+        sparse.csr_matrix(source.raw.X, dtype=np.float32), obs=source.obs[["bulk_labels", "n_counts", "percent_mito"]]
+    )
     adata.var_names = source.raw.var_names
     counts = sparse.diags(source.obs["n_counts"].to_numpy() / TARGET_SUM) @ adata.X.expm1()
     counts.data = np.rint(counts.data)
@@ -178,13 +180,19 @@ def check_values(adata: AnnData) -> str:
     """
     values = adata.X.data if sparse.issparse(adata.X) else np.asarray(adata.X).ravel()
     if not np.isfinite(values).all():
-        raise ValueError(f"X holds {(~np.isfinite(values)).sum()} NaN or infinite values: remove or repair these cells first")
+        raise ValueError(
+            f"X holds {(~np.isfinite(values)).sum()} NaN or infinite values: remove or repair these cells first"
+        )
     if len(values) and values.min() < 0:
-        raise ValueError("X holds negative values, so it is scaled or corrected data; scGPT needs counts or log1p values")
+        raise ValueError(
+            "X holds negative values, so it is scaled or corrected data; scGPT needs counts or log1p values"
+        )
     if (values == np.rint(values)).all():
         return "counts"
     if values.max() > 20:
-        raise ValueError(f"X is neither counts (not whole numbers) nor log1p values (its maximum is {values.max():.3g}): give raw counts")
+        raise ValueError(
+            f"X is neither counts (not whole numbers) nor log1p values (its maximum is {values.max():.3g}): give raw counts"
+        )
     return "log1p"
 
 
@@ -197,7 +205,9 @@ def load_h5ad(
 ) -> AnnData:
     """Read and check a file of cells; see :func:`load_cells`."""
     if not path.is_file():
-        raise FileNotFoundError(f"no file of cells {str(path)!r}; give a path to an .h5ad file or one of {', '.join(SOURCES)}")
+        raise FileNotFoundError(
+            f"no file of cells {str(path)!r}; give a path to an .h5ad file or one of {', '.join(SOURCES)}"
+        )
     try:
         adata = ad.read_h5ad(path)
     except (OSError, KeyError) as error:
@@ -214,7 +224,9 @@ def load_h5ad(
     if symbols.str.match(r"ENS[A-Z]*G\d{6,}").mean() > 0.5:
         column = next((c for c in SYMBOL_COLUMNS if c in adata.var), None)
         if column is None:
-            raise ValueError(f"genes are Ensembl ids and var has no column of symbols (looked for {', '.join(SYMBOL_COLUMNS)})")
+            raise ValueError(
+                f"genes are Ensembl ids and var has no column of symbols (looked for {', '.join(SYMBOL_COLUMNS)})"
+            )
         log.warning("genes are Ensembl ids; symbols taken from var[%r]", column)
         symbols = pd.Index(adata.var[column].astype(str))
     values = check_values(adata)
@@ -292,7 +304,9 @@ def load_cells(
     else:
         path = Path(cells)
         if not path.suffix and not path.exists():
-            raise FileNotFoundError(f"no cells {str(cells)!r}: give one of {', '.join(SOURCES)} or a path{near_misses(cells, SOURCES)}")
+            raise FileNotFoundError(
+                f"no cells {str(cells)!r}: give one of {', '.join(SOURCES)} or a path{near_misses(cells, SOURCES)}"
+            )
         adata = load_h5ad(path, label, label_mid, label_high, study)
     for below, column in zip(list(LEVELS.values()), list(LEVELS.values())[1:]):
         if column not in adata.obs:
@@ -302,7 +316,9 @@ def load_cells(
     if genes is not None:
         known = adata.var_names.isin(list(genes))
         if known.sum() < 10:
-            raise ValueError(f"only {known.sum()} of {adata.n_vars} genes are among the genes to keep (first: {', '.join(adata.var_names[:3])})")
+            raise ValueError(
+                f"only {known.sum()} of {adata.n_vars} genes are among the genes to keep (first: {', '.join(adata.var_names[:3])})"
+            )
         adata = adata[:, known].copy()
     if n_top_genes is not None and n_top_genes < adata.n_vars:
         batch = "study" if adata.obs["study"].nunique() > 1 else None

@@ -177,7 +177,9 @@ def add_taxonomy(concepts: AnnData, threshold: float = 0.8) -> AnnData:
     ``f1_train`` and ``f1_held_out`` (with ``specificity_held_out``, ``sensitivity_held_out``, ``main_type_train``)
     are of main types that were chosen on the training cells alone.
     """
-    concepts.var = concepts.var.drop(columns=concepts.var.columns.intersection(taxonomy_columns)).join(taxonomy(concepts, threshold))
+    concepts.var = concepts.var.drop(columns=concepts.var.columns.intersection(taxonomy_columns)).join(
+        taxonomy(concepts, threshold)
+    )
     train = (concepts.obs["split"] == "train").to_numpy()
     chosen = taxonomy(concepts[train], threshold)
     held_out = score_types(concepts[~train], chosen)
@@ -218,12 +220,16 @@ def check_concept(concepts: AnnData, concept: int) -> int:
     near = ", ".join(map(str, sorted(there[np.argsort(abs(there - int(concept)), kind="stable")[:3]])))
     name = f"concept_{int(concept)}"
     if name not in concepts.var_names:
-        raise ValueError(f"there is no concept {concept}: the dictionary has 0 to {concepts.n_vars - 1}; near it: {near}")
+        raise ValueError(
+            f"there is no concept {concept}: the dictionary has 0 to {concepts.n_vars - 1}; near it: {near}"
+        )
     row = concepts.var.loc[name]
     if row["n_cells"] == 0:
         raise ValueError(f"concept {concept} never activates in these cells; near it, active ones: {near}")
     if not row["kept"]:
-        raise ValueError(f"concept {concept} is active in only {row['n_cells']} cells and was dropped by post-processing; near it: {near}")
+        raise ValueError(
+            f"concept {concept} is active in only {row['n_cells']} cells and was dropped by post-processing; near it: {near}"
+        )
     return int(concept)
 
 
@@ -240,7 +246,9 @@ def best_concept_for_type(concepts: AnnData, cell_type: str) -> int:
         known |= dict.fromkeys(map(str, concepts.obs[LEVELS[level]].unique()), level)
     known.pop(UNASSIGNED, None)
     if cell_type not in known:
-        raise ValueError(f"no cell is a {cell_type!r}{near_misses(cell_type, known) or '; types: ' + ', '.join(sorted(known))}")
+        raise ValueError(
+            f"no cell is a {cell_type!r}{near_misses(cell_type, known) or '; types: ' + ', '.join(sorted(known))}"
+        )
     main = pd.DataFrame({"main_type": cell_type, "level": known[cell_type]}, index=kept(concepts).var_names)
     scores = score_types(kept(concepts), main)["f1"].fillna(0)
     if len(scores) == 0 or scores.max() == 0:

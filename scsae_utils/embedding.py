@@ -81,7 +81,9 @@ def bin_cells(adata: AnnData, model: ScGPT, ties: str = "expected", seed: int = 
     lengths = np.diff(bins.indptr)
     if (lengths == 0).any():
         empty = adata.obs_names[lengths == 0]
-        raise ValueError(f"{len(empty)} cells express no gene that the model knows (first: {empty[0]}): remove them before embedding")
+        raise ValueError(
+            f"{len(empty)} cells express no gene that the model knows (first: {empty[0]}): remove them before embedding"
+        )
     for start, end in zip(bins.indptr[:-1], bins.indptr[1:]):
         bins.data[start:end] = bin_values(bins.data[start:end], model.config.n_bins, rng)
     return bins
@@ -107,7 +109,9 @@ def cell_tokens(bins: sparse.csr_matrix, ids: np.ndarray, model: ScGPT) -> list[
         if len(columns) > most:  # stable: among equal bins the first genes stay
             top = np.sort(np.argsort(-values, kind="stable")[:most])
             columns, values = columns[top], values[top]
-        cells.append((np.r_[model.vocab["<cls>"], ids[columns]], np.r_[model.config.pad_value, values].astype(np.float32)))
+        cells.append(
+            (np.r_[model.vocab["<cls>"], ids[columns]], np.r_[model.config.pad_value, values].astype(np.float32))
+        )
     return cells
 
 
@@ -121,7 +125,10 @@ def embed_tokens(cells, model: ScGPT, batch_tokens: int = BATCH_TOKENS, progress
     device = next(model.parameters()).device
     out = np.empty((len(cells), model.dim), np.float32)
     start = 0
-    with tqdm(total=len(cells), desc="embedding cells", unit="cell", disable=not progress) as bar, torch.inference_mode():
+    with (
+        tqdm(total=len(cells), desc="embedding cells", unit="cell", disable=not progress) as bar,
+        torch.inference_mode(),
+    ):
         while start < len(order):
             longest = lengths[order[start]]
             batch = order[start : start + max(1, batch_tokens // longest)]
@@ -132,7 +139,9 @@ def embed_tokens(cells, model: ScGPT, batch_tokens: int = BATCH_TOKENS, progress
             keep = None
             if lengths[batch[-1]] < longest:
                 keep = torch.from_numpy(np.arange(longest) < lengths[batch][:, None]).to(device)
-            out[batch] = model(torch.from_numpy(ids).to(device), torch.from_numpy(values).to(device), keep).cpu().numpy()
+            out[batch] = (
+                model(torch.from_numpy(ids).to(device), torch.from_numpy(values).to(device), keep).cpu().numpy()
+            )
             start += len(batch)
             bar.update(len(batch))
     return out

@@ -127,7 +127,9 @@ class SAE(nn.Module):
         """Sparse (n, c) activations of an array of cell embeddings (n, d)."""
         with torch.inference_mode():
             parts = [
-                sparse.csr_matrix(self.encode(torch.from_numpy(np.asarray(embeddings[i : i + batch_size], np.float32))).numpy())
+                sparse.csr_matrix(
+                    self.encode(torch.from_numpy(np.asarray(embeddings[i : i + batch_size], np.float32))).numpy()
+                )
                 for i in range(0, len(embeddings), batch_size)
             ]
         return sparse.vstack(parts, format="csr")
@@ -196,7 +198,9 @@ def train_sae(
     config = config or SAEConfig(**settings)
     if isinstance(cells, AnnData):
         if key not in cells.obsm:
-            raise ValueError(f"obsm has no {key!r}: run scsae_utils.embed first (obsm has: {', '.join(cells.obsm) or 'nothing'})")
+            raise ValueError(
+                f"obsm has no {key!r}: run scsae_utils.embed first (obsm has: {', '.join(cells.obsm) or 'nothing'})"
+            )
         train = (cells.obs["split"] == "train").to_numpy() if "split" in cells.obs else slice(None)
         cells = cells.obsm[key][train]
     data = torch.from_numpy(np.ascontiguousarray(cells, np.float32))
@@ -215,7 +219,14 @@ def train_sae(
     if checkpoint is not None and Path(checkpoint).is_file():
         first, silent, history = load_checkpoint(checkpoint, sae, optimizer)
     total = (data - data.mean(0)).pow(2).sum().item()
-    bar = tqdm(range(first, config.epochs), initial=first, total=config.epochs, desc="training SAE", unit="epoch", disable=not progress)
+    bar = tqdm(
+        range(first, config.epochs),
+        initial=first,
+        total=config.epochs,
+        desc="training SAE",
+        unit="epoch",
+        disable=not progress,
+    )
     for epoch in bar:
         order = torch.from_numpy(np.random.default_rng([config.seed, epoch]).permutation(len(data)))
         fired = torch.zeros(config.n_concepts, dtype=torch.bool)
@@ -275,7 +286,9 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict) 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part, {k: json.dumps(v) for k, v in metadata.items()})
+    save_file(
+        {k: v.detach().contiguous() for k, v in tensors.items()}, part, {k: json.dumps(v) for k, v in metadata.items()}
+    )
     part.replace(path)
 
 
@@ -318,7 +331,11 @@ def load_sae(path: str | Path) -> SAE:
 def save_checkpoint(path, sae: SAE, optimizer, epoch: int, silent: Tensor, history: list[dict]) -> None:
     """Everything that training needs to go on as if it had not stopped."""
     state = optimizer.state_dict()["state"]
-    tensors = dict(sae.state_dict()) | {f"adam.{i}.{k}": v for i, s in state.items() for k, v in s.items()} | {"silent": silent}
+    tensors = (
+        dict(sae.state_dict())
+        | {f"adam.{i}.{k}": v for i, s in state.items() for k, v in s.items()}
+        | {"silent": silent}
+    )
     write_tensors(path, tensors, {"config": asdict(sae.config), "epoch": epoch, "history": history})
 
 

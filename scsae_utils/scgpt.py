@@ -174,7 +174,9 @@ class ScGPT(nn.Module):
         self.card: dict = {}
         self.encoder = GeneEncoder(len(vocab), config.embsize)
         self.value_encoder = ValueEncoder(config.embsize)
-        self.transformer_encoder = nn.ModuleDict({"layers": nn.ModuleList(Layer(config) for _ in range(config.nlayers))})
+        self.transformer_encoder = nn.ModuleDict(
+            {"layers": nn.ModuleList(Layer(config) for _ in range(config.nlayers))}
+        )
         nn.init.uniform_(self.encoder.embedding.weight, -0.1, 0.1)  # scGPT's own start
 
     @property
@@ -241,19 +243,31 @@ def load_model(name_or_folder: str | Path = "scgpt-mini") -> ScGPT:
     ValueError
         If a tensor that the embedding needs is missing or has another shape; the message lists them all.
     """
-    folder = Path(str(files("scsae_utils") / "data" / name_or_folder)) if name_or_folder in SHIPPED else Path(name_or_folder)
+    folder = (
+        Path(str(files("scsae_utils") / "data" / name_or_folder)) if name_or_folder in SHIPPED else Path(name_or_folder)
+    )
     if not folder.is_dir():
-        raise FileNotFoundError(f"no model folder {str(folder)!r}: give one of {', '.join(SHIPPED)} or a folder with args.json")
+        raise FileNotFoundError(
+            f"no model folder {str(folder)!r}: give one of {', '.join(SHIPPED)} or a folder with args.json"
+        )
     for name in ("args.json", "vocab.json"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}: a folder in scGPT's form has args.json, vocab.json and weights")
+            raise FileNotFoundError(
+                f"{folder} has no {name}: a folder in scGPT's form has args.json, vocab.json and weights"
+            )
     weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if weights is None:
         raise FileNotFoundError(f"{folder} has no weights: looked for {', '.join(WEIGHT_FILES)}")
     config = ScGPTConfig.from_args(json.loads((folder / "args.json").read_text()))
     model = ScGPT(config, json.loads((folder / "vocab.json").read_text()))
-    tensors = load_file(weights) if weights.suffix == ".safetensors" else torch.load(weights, map_location="cpu", weights_only=True)
-    tensors = {k.removeprefix("module.").replace("self_attn.Wqkv.", "self_attn.in_proj_"): v for k, v in tensors.items()}
+    tensors = (
+        load_file(weights)
+        if weights.suffix == ".safetensors"
+        else torch.load(weights, map_location="cpu", weights_only=True)
+    )
+    tensors = {
+        k.removeprefix("module.").replace("self_attn.Wqkv.", "self_attn.in_proj_"): v for k, v in tensors.items()
+    }
     needed = model.state_dict()
     problems = [f"{k}: missing, needs {tuple(v.shape)}" for k, v in needed.items() if k not in tensors]
     problems += [
