@@ -1,0 +1,232 @@
+"""From gene lists to words: the shipped gene table, old symbols, tokens, common words, counts against chance."""
+
+import gzip
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import fisher_exact
+
+from scsae_utils.words import common_words, describe, gene_table, gene_words, harmonise, tokenise, word_counts
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Ten genes: "kinase" in all, "platelet" in A and B, "actin" in A, B and C."""
+    texts = ["platelet actin kinase", "platelet, actin kinase", "actin kinase"] + ["kinase of another sort"] * 7
+    path = tmp_path / "texts.tsv"
+    pd.DataFrame({"symbol": list("ABCDEFGHIJ"), "text": texts}).to_csv(path, sep="\t", index=False)
+    return path
+
+
+class TestGeneTable:
+    def test_has_every_gene_once_with_a_name(self):
+        table = gene_table()
+        assert len(table) == 20_913 and table.index.is_unique and table["entrez"].is_unique
+        assert (table["name"] != "").all()
+        assert table.loc["PPBP", "entrez"] == 5473
+        assert "beta-thromboglobulin" in table.loc["PPBP", "designations"].split("|")
+
+    def test_is_plain_text(self):
+        text = gene_table()["designations"]
+        assert not text.str.contains("&#|\t|\n").any()
+
+    def test_a_changed_copy_changes_nothing_else(self):
+        mine = gene_table()
+        mine.loc["PPBP", "name"] = "changed"
+        assert gene_table().loc["PPBP", "name"] == "pro-platelet basic protein"
+
+
+class TestHarmonise:
+    def test_old_names_become_present_ones(self):
+        assert harmonise(["IGJ", "CD79A", "AMICA1"]).tolist() == ["JCHAIN", "CD79A", "JAML"]
+
+    def test_a_present_name_stays_although_it_is_also_an_alias(self):
+        assert "NAT1" in gene_table().loc["SLC38A3", "aliases"].split("|")
+        assert harmonise(["NAT1"]).tolist() == ["NAT1"]
+
+    def test_an_alias_of_several_genes_stays(self):
+        owners = gene_table()["aliases"].str.split("|").map(lambda aliases: "ARP3" in aliases)
+        assert owners.sum() > 1
+        assert harmonise(["ARP3"]).tolist() == ["ARP3"]
+
+    def test_never_makes_duplicates(self):
+        assert harmonise(["IGJ", "JCHAIN"]).tolist() == ["IGJ", "JCHAIN"]
+        assert harmonise(["IGJ", "IGCJ"]).tolist() == ["IGJ", "IGCJ"]  # two old names of one gene
+        everything = [a for aliases in gene_table()["aliases"] for a in aliases.split("|") if a]
+        assert pd.Index(harmonise(pd.unique(np.array([*gene_table().index, *everything])))).is_unique
+
+    def test_an_antisense_gene_is_not_its_neighbour(self):
+        assert "HNRNPU-AS1" in gene_table().loc["HNRNPU", "aliases"].split("|")
+        assert harmonise(["HNRNPU-AS1"]).tolist() == ["HNRNPU-AS1"]
+
+    def test_unknown_names_stay(self):
+        assert harmonise(["RP11-782C8.1", "nan", "<script>"]).tolist() == ["RP11-782C8.1", "nan", "<script>"]
+
+
+class TestDescribe:
+    def test_name_and_designations(self):
+        row = describe(["CD79A"]).loc["CD79A"]
+        assert row["current"] == "CD79A" and row["known"]
+        assert row["name"] == "CD79a molecule"
+        assert row["text"].startswith("CD79a molecule|") and row["text"].endswith("surface IgM-associated protein")
+
+    def test_an_old_name_is_found_and_kept_as_the_label(self):
+        table = describe(["IGJ", "JCHAIN"])
+        assert table.index.tolist() == ["IGJ", "JCHAIN"]
+        assert table.loc["IGJ", "current"] == "JCHAIN" and table.loc["IGJ", "text"] == table.loc["JCHAIN", "text"]
+
+    def test_unknown_genes_are_empty_and_reported(self, caplog):
+        with caplog.at_level("INFO"):
+            table = describe(["CD79A", "RP11-782C8.1"])
+        assert table["known"].tolist() == [True, False]
+        assert table.loc["RP11-782C8.1", ["current", "name", "designations", "text"]].tolist() == [""] * 4
+        assert "1 of 2 genes have no description: RP11-782C8.1" in caplog.text
+
+    @pytest.mark.parametrize(
+        "symbols, message",
+        [
+            ([], "empty"),
+            (["X1", "X2"], "none of the 2 genes has a description"),
+            (["CD79A", "CD79A"], "more than once: CD79A"),
+            ("CD79A", "not the single string"),
+        ],
+    )
+    def test_errors(self, symbols, message):
+        with pytest.raises(ValueError, match=message):
+            describe(symbols)
+
+
+class TestTokenise:
+    @pytest.mark.parametrize(
+        "text, words",
+        [
+            ("Pro-platelet basic protein", {"pro", "platelet", "basic", "protein"}),
+            ("alpha-2-macroglobulin", {"alpha", "macroglobulin"}),
+            ("T-cell and B cells", {"t-cell", "cell", "b-cells", "cells"}),
+            ("IL-2, interleukin 2", {"il", "il-2", "interleukin"}),
+            ("CD4 p53 S100A8", {"cd4", "p53", "s100a8"}),
+            ("5'-nucleotidase 1 2b x", {"nucleotidase"}),
+            ("the chain of an actin, with other ones", {"chain", "actin", "ones"}),
+            ("Alzheimer's", {"alzheimer"}),
+            ("β-alanyl cancer‐associated", {"beta", "alanyl", "cancer", "associated"}),
+            ("<b>platelet</b>", {"platelet"}),
+            ("", set()),
+            ("-- -1- 12", set()),
+        ],
+    )
+    def test_words(self, text, words):
+        assert tokenise(text) == words
+
+
+class TestGeneWords:
+    def test_common_words_are_dropped_and_can_be_seen(self, source):
+        genes = list("ABCDEFGHIJ")
+        words = gene_words(genes, source, max_share=0.3)
+        assert words["A"] == {"platelet"} and words["C"] == set() and words.index.tolist() == genes
+        common = common_words(genes, source, max_share=0.3)
+        assert common["word"].tolist() == ["kinase", "another", "sort", "actin"]
+        assert common["share"].tolist() == [1.0, 0.7, 0.7, 0.3]  # "at least" this share
+
+    def test_common_words_can_be_kept(self, source):
+        assert gene_words(list("ABCDEFGHIJ"), source, max_share=0.3, keep=["actin"])["C"] == {"actin"}
+
+    def test_the_share_is_that_of_the_described_genes_of_the_universe(self, source):
+        assert gene_words(["A", "D", "unknown"], source, max_share=0.5)["A"] == set()  # each word: 1 of 2
+        assert gene_words(["A", "D", "unknown"], source, max_share=0.6)["A"] == {"platelet", "actin"}
+
+    def test_ncbi_is_the_default(self):
+        words = gene_words(["PPBP", "MYL9", "RP11-782C8.1"], max_share=1)
+        assert "platelet" in words["PPBP"] and "myosin" in words["MYL9"] and words["RP11-782C8.1"] == set()
+
+    def test_old_names_are_looked_up_under_the_present_one(self, tmp_path):
+        (tmp_path / "t.csv").write_text("symbol,text\nJCHAIN,joining chain\nA,x1\nB,y1\n")
+        assert gene_words(["IGJ", "A", "B"], tmp_path / "t.csv", max_share=0.9)["IGJ"] == {"joining", "chain"}
+
+    def test_rows_of_one_gene_are_joined_and_nan_is_a_name(self, tmp_path):
+        (tmp_path / "t.tsv.gz").write_bytes(gzip.compress(b"symbol\ttext\nA\tone word\nNA\tnan\nA\ttwo\n"))
+        words = gene_words(["A", "NA"], tmp_path / "t.tsv.gz", max_share=1)
+        assert words["A"] == {"one", "word", "two"} and words["NA"] == {"nan"}
+
+    def test_unknown_source(self):
+        with pytest.raises(FileNotFoundError, match="no gene descriptions 'go'.*'ncbi'"):
+            gene_words(["A"], "go")
+
+    @pytest.mark.parametrize(
+        "name, content, message",
+        [
+            ("t.tsv", b"gene\ttext\nA\tb\n", "lacks the column symbol; it has gene, text"),
+            ("t.csv", b"a,b\n1,2\n", "lacks the column symbol and text"),
+            ("t.tsv", b"symbol\ttext\nA\tb\tc\n", "more fields than its header"),
+            ("t.tsv", b"symbol\ttext\nA\tb\nA\tb\tc\n", "not a table"),
+            ("t.tsv", b'symbol\ttext\nA\t"open\nB\tb\n', "not a table"),
+            ("t.tsv", b"", "not a table"),
+            ("t.tsv", b"\xff\xfe\x00", "not a table"),
+            ("t.tsv.gz", b"plain text", "not a table"),
+            ("t.tsv.gz", gzip.compress(b"symbol\ttext\nA\tb\n" * 99)[:-20], "not a table"),
+            ("t.tsv", b"symbol\ttext\nX\tb\n", "none of the 1 genes has a description"),
+        ],
+    )
+    def test_files_that_are_not_such_tables(self, tmp_path, name, content, message):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            gene_words(["A"], tmp_path / name)
+
+    @pytest.mark.parametrize("share", [0, -1, 1.5, float("nan")])
+    def test_max_share_is_a_share(self, source, share):
+        for function in (gene_words, common_words):
+            with pytest.raises(ValueError, match="max_share"):
+                function(["A"], source, max_share=share)
+
+
+class TestWordCounts:
+    @pytest.fixture
+    def words(self):
+        """Ten genes: "platelet" in three, "actin" in five, "rare" in one; "none" has no words."""
+        words = {g: {"other"} for g in "DEFGHIJ"} | {"A": {"platelet", "rare"}, "B": {"platelet"}, "C": {"platelet"}}
+        for gene in "ABDEF":
+            words[gene] = words[gene] | {"actin"}
+        return pd.Series(words | {"none": set()})
+
+    def test_counts_genes_and_expectation(self, words):
+        table = word_counts(["A", "B", "D", "none"], words).set_index("word")
+        assert table["count"].to_dict() == {"actin": 3, "platelet": 2, "other": 1, "rare": 1}
+        assert table.loc["platelet", "genes"] == "A,B"
+        assert table.loc["platelet", "expected"] == pytest.approx(3 * 3 / 10)  # 3 of 10 described genes, 3 drawn
+        assert list(table.index) == ["actin", "platelet", "other", "rare"]
+
+    def test_p_values_are_those_of_fishers_exact_test(self, words):
+        table = word_counts(["A", "B", "D"], words).set_index("word")
+        # platelet: 2 of the 3 chosen and 1 of the 7 others; by hand (3*7 + 1) / 120
+        assert table.loc["platelet", "pvalue"] == pytest.approx(22 / 120)
+        assert table.loc["platelet", "pvalue"] == pytest.approx(fisher_exact([[2, 1], [1, 6]], "greater").pvalue)
+        assert table.loc["actin", "pvalue"] == pytest.approx(10 / 120)
+
+    def test_q_values_count_every_tested_word_of_the_universe(self, words):
+        table = word_counts(["A", "B", "C"], words).set_index("word")
+        assert table.loc["platelet", "pvalue"] == pytest.approx(1 / 120)
+        assert table.loc["platelet", "qvalue"] == pytest.approx(3 / 120)  # "other" is tested too, though no gene has it
+        assert "other" not in table.index
+
+    def test_rare_words_are_counted_and_not_tested(self, words):
+        row = word_counts(["A", "B", "D"], words).set_index("word").loc["rare"]
+        assert row["count"] == 1 and np.isnan(row["pvalue"]) and np.isnan(row["qvalue"])
+
+    def test_platelet_genes_are_about_platelets(self):
+        others = gene_table().index[::40]
+        words = gene_words(pd.unique(np.r_[["PPBP", "PF4", "GP9", "GP1BA", "ITGA2B"], others]))
+        top = word_counts(["PPBP", "PF4", "GP9", "GP1BA", "ITGA2B"], words).iloc[0]
+        assert top["word"] == "platelet" and top["count"] == 5 and top["qvalue"] < 1e-6
+
+    @pytest.mark.parametrize(
+        "genes, message",
+        [
+            ([], "empty"),
+            (["A", "Z"], "not in the universe.*: Z"),
+            (["none"], "none of the 1 genes has a word"),
+            (["A", "A"], "more than once"),
+        ],
+    )
+    def test_errors(self, words, genes, message):
+        with pytest.raises(ValueError, match=message):
+            word_counts(genes, words)
