@@ -11,7 +11,7 @@ the gene held the concept back. The computation is exact: one forward pass for e
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -404,3 +404,41 @@ def concepts_of_gene(adata: AnnData, model: ScGPT, sae: SAE, gene: str, progress
     total = before.sum(0).A1
     names = [f"concept_{j}" for j in range(len(total))]
     return pd.Series(np.divide(lost, total, out=np.zeros_like(lost), where=total > 0), index=names, name=gene)
+
+
+def compare_occlusions(
+    adata: AnnData, model: ScGPT, sae: SAE, concept: int, config: AttributionConfig, n_prototypes: int = 5
+) -> pd.DataFrame:
+    """Do other ways of occlusion give the same genes? Each option of ``config`` is changed, one at a time.
+
+    Returns
+    -------
+    One row for each way: ``correlation`` with the attributions of ``config`` over the genes of ``n_prototypes``
+    prototypes, ``top 10 shared`` (share of the ten genes with the largest mean |attribution|), ``largest`` |attribution|.
+    """
+    config = replace(config, n_prototypes=n_prototypes, insertion=False)
+    options = {"absent": ("remove", "value"), "binning": ("frozen", "rebinned")}
+    options["counterfactual_mean"] = ("pooled", "matched")
+    ways = {"as chosen": config}
+    for name, values in options.items():
+        for value in set(values) - {getattr(config, name)}:
+            ways[f"{name}: {value}"] = replace(config, **{name: value})
+    results = {
+        name: attribute(adata, model, sae, concept, way, progress=False).set_index(["cell", "gene"])["attribution"]
+        for name, way in ways.items()
+    }
+    reference = results["as chosen"]
+
+    def top(result: pd.Series) -> set[str]:
+        return set(result.abs().groupby("gene").mean().nlargest(10).index)
+
+    return pd.DataFrame(
+        {
+            name: {
+                "correlation": reference.corr(result.reindex(reference.index)),
+                "top 10 shared": len(top(reference) & top(result)) / len(top(reference)),
+                "largest": result.abs().max(),
+            }
+            for name, result in results.items()
+        }
+    ).T

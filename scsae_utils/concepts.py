@@ -254,3 +254,13 @@ def best_concept_for_type(concepts: AnnData, cell_type: str) -> int:
     if len(scores) == 0 or scores.max() == 0:
         raise ValueError(f"no concept is active in any {cell_type!r} cell")
     return number(scores.idxmax())
+
+
+def one_of_each(concepts: AnnData, n: int = 4) -> list[int]:
+    """Numbers of ``n`` kept concepts that show the kinds in turn: of each kind those with the highest F1 come first."""
+    var = kept(concepts).var.sort_values("f1", ascending=False)
+    ranked = {kind: list(var.index[var["kind"] == kind]) for kind in KINDS}
+    chosen: list[int] = []
+    while len(chosen) < n and any(ranked.values()):
+        chosen += [number(names.pop(0)) for names in ranked.values() if names]
+    return chosen[:n]

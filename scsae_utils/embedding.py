@@ -171,7 +171,7 @@ def embed(
     Returns
     -------
     ``adata`` with ``obsm["X_scGPT"]`` (n_cells, d) of unit length, ``layers["bins"]`` (what the model was fed) and
-    the settings in ``uns["scgpt"]``: ``model`` (fingerprint of the weights), ``ties``, ``seed``, ``n_genes_known``,
+    the settings in ``uns["scgpt"]``: ``name`` and ``model`` (name and fingerprint of the weights), ``ties``, ``seed``, ``n_genes_known``,
     ``n_genes``, ``n_truncated`` (cells with more genes than the model reads).
 
     Raises
@@ -189,6 +189,7 @@ def embed(
     adata.layers["bins"] = bins
     adata.obsm["X_scGPT"] = embed_tokens(cell_tokens(bins, ids, model), model, batch_tokens, progress)
     adata.uns["scgpt"] = {
+        "name": model.name,
         "model": model.fingerprint(),
         "ties": ties,
         "seed": seed,

@@ -123,6 +123,10 @@ class SAE(nn.Module):
         """Reconstruction a' = g(u), (n, d), of concept activations u (n, c)."""
         return u @ self.W_d + self.b_d
 
+    def decode_sparse(self, U: sparse.csr_matrix) -> np.ndarray:
+        """Reconstruction (n, d) of sparse activations (n, c), as from :meth:`activations`."""
+        return U @ self.W_d.detach().numpy() + self.b_d.detach().numpy()
+
     def activations(self, embeddings: np.ndarray, batch_size: int = 8192) -> sparse.csr_matrix:
         """Sparse (n, c) activations of an array of cell embeddings (n, d)."""
         with torch.inference_mode():

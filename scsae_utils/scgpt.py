@@ -156,6 +156,8 @@ class ScGPT(nn.Module):
 
     Attributes
     ----------
+    name
+        What :func:`load_model` was given, so that a run can open the same model again.
     ignored
         Names of the tensors of the checkpoint that embedding does not need.
     card
@@ -170,6 +172,7 @@ class ScGPT(nn.Module):
         if sorted(vocab.values()) != list(range(len(vocab))):
             raise ValueError(f"the ids of the vocabulary are not 0 to {len(vocab) - 1}, each once")
         self.config, self.vocab = config, vocab
+        self.name = ""
         self.ignored: list[str] = []
         self.card: dict = {}
         self.encoder = GeneEncoder(len(vocab), config.embsize)
@@ -278,6 +281,7 @@ def load_model(name_or_folder: str | Path = "scgpt-mini") -> ScGPT:
     if problems:
         raise ValueError(f"{weights} does not fit its args.json and vocab.json:\n  " + "\n  ".join(problems))
     model.load_state_dict({k: tensors[k].float() for k in needed})
+    model.name = str(name_or_folder)
     model.ignored = sorted(set(tensors) - set(needed))
     if (folder / "card.json").is_file():
         model.card = json.loads((folder / "card.json").read_text())

@@ -1,0 +1,229 @@
+"""From notebooks to book: execute with papermill, refuse failures, render with Jupyter Book.
+
+The Snakefile calls this module; by hand: ``python -m scsae_utils.book --help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SECTIONS = {  # notebook: section of the profile
+    "01_embedding": "embedding",
+    "02_sae": "sae",
+    "03_concept_taxonomy": "concept_taxonomy",
+    "04_case_study": "case_study",
+    "05_myeloid_concepts": "myeloid_concepts",
+}
+
+
+def parameters(notebook: Path) -> dict[str, str]:
+    """Names of the parameters of a notebook, with the source of their defaults.
+
+    Raises
+    ------
+    ValueError
+        If the notebook has no cell tagged ``parameters``: papermill would only warn, and use the notebook's values.
+    """
+    cells = json.loads(notebook.read_text())["cells"]
+    tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
+    if not tagged:
+        raise ValueError(f"{notebook} has no cell tagged 'parameters'")
+    tree = ast.parse("".join(tagged[0]["source"]))
+    return {t.id: ast.unparse(node.value) for node in tree.body if isinstance(node, ast.Assign) for t in node.targets}
+
+
+def load_profile(path: str | Path) -> dict[str, dict]:
+    """Read a profile and check that it names every parameter of every notebook, and nothing else.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        No such file; sections or parameters that are unknown or missing, each named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no profile {str(path)!r}; there are: {', '.join(map(str, sorted(ROOT.glob('profiles/*.yaml'))))}")
+    profile = yaml.safe_load(path.read_text()) or {}
+    problems = [f"unknown section {s!r} (sections: {', '.join(SECTIONS.values())})" for s in profile if s not in SECTIONS.values()]
+    for notebook, section in SECTIONS.items():
+        wanted = set(parameters(ROOT / "notebooks" / f"{notebook}.ipynb")) - {"run"}
+        given = set(profile.get(section) or {})
+        problems += [f"{section}: unknown parameter {p!r} ({notebook} has: {', '.join(sorted(wanted))})" for p in sorted(given - wanted)]
+        problems += [f"{section}: parameter {p!r} is missing" for p in sorted(wanted - given)]
+    if problems:
+        raise ValueError(f"the profile {path} does not fit the notebooks:\n  " + "\n  ".join(problems))
+    return profile
+
+
+def modules(name: str) -> list[str]:
+    """Paths of the modules of this package that a notebook (or module) imports, directly or not: what it depends on."""
+    found: set[str] = set()
+    package = Path(__file__).parent
+
+    def visit(source: str) -> None:
+        names = re.findall(r"^\s*from (?:scsae_utils)?\.?(\w*) import (.+)", source, re.M)
+        names = [m or w for m, what in names for w in ([m] if m else re.findall(r"\w+", what))]
+        for module in names:
+            path = package / f"{module}.py"
+            if module not in found and path.is_file():
+                found.add(module)
+                visit(path.read_text())
+
+    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+    visit("\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code"))
+    return [f"scsae_utils/{module}.py" for module in sorted(found)]
+
+
+def execute(notebook: Path, output: Path, values: dict) -> None:
+    """Run a notebook with papermill; ``output`` appears only if every cell ran.
+
+    Raises
+    ------
+    SystemExit
+        With the failing cell's error; the notebook as far as it came lies beside ``output`` as ``*.failed.ipynb``.
+    ValueError
+        If a value is given for a parameter that the notebook does not have.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    unknown = set(values) - set(parameters(notebook))
+    if unknown:
+        raise ValueError(f"{notebook.name} has no parameter {', '.join(sorted(unknown))}; it has: {', '.join(parameters(notebook))}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    failed = output.with_suffix(".failed.ipynb")
+    failed.unlink(missing_ok=True)
+    print(f"executing {notebook.name}", file=sys.stderr)
+    try:
+        papermill.execute_notebook(notebook, failed, values, cwd=ROOT, progress_bar=sys.stderr.isatty(), log_output=False)
+    except PapermillExecutionError as error:
+        sys.exit(f"\n{notebook.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\nThe notebook as far as it came: {failed}")
+    check_executed(failed)
+    failed.replace(output)
+
+
+def check_executed(notebook: Path) -> None:
+    """Refuse a notebook in which a cell failed or that was never executed: Jupyter Book would publish it without a word."""
+    content = json.loads(notebook.read_text())
+    run = content["metadata"].get("papermill", {})
+    errors = [o for c in content["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
+    tagged = any("papermill-error-cell-tag" in c["metadata"].get("tags", []) for c in content["cells"])
+    if run.get("exception") or errors or tagged:
+        sys.exit(f"{notebook} holds a failed cell ({errors[0]['ename'] if errors else 'exception'}): not published")
+    if not run.get("end_time"):
+        sys.exit(f"{notebook} was not executed by papermill: not published")
+
+
+def page(notebook: Path, title: str | None = None) -> dict:
+    """A notebook as a page: the cell that papermill injected is folded; ``title`` replaces the first heading."""
+    content = json.loads(notebook.read_text())
+    for cell in content["cells"]:
+        if "injected-parameters" in cell["metadata"].get("tags", []):
+            cell["metadata"]["tags"].append("hide-input")
+    if title:
+        first = next(c for c in content["cells"] if c["cell_type"] == "markdown")
+        first["source"] = re.sub(r"^# .*", f"# {title}", "".join(first["source"]), count=1)
+    return content
+
+
+def build(run: Path) -> Path:
+    """Render the book from the executed notebooks of a run; returns the folder with its ``index.html``.
+
+    The pages are laid out as in the repository, so that launch and edit buttons lead to the notebooks there. The build
+    starts from nothing each time, since an incremental one forgets earlier warnings; warnings are errors. The last
+    good book stays until the new one is whole.
+    """
+    chapters = [run / "notebooks" / f"{name}.ipynb" for name in SECTIONS]
+    concepts = sorted((run / "notebooks" / "concepts").glob("concept_*.ipynb"), key=lambda p: int(p.stem.split("_")[1]))
+    concepts = [path for path in concepts if not path.stem.endswith(".failed")]
+    for notebook in [*chapters, *concepts]:
+        if not notebook.is_file():
+            sys.exit(f"{notebook} is missing: run `make book`")
+        check_executed(notebook)
+    with tempfile.TemporaryDirectory(dir=run, prefix=".book-") as folder:
+        stage, out = Path(folder) / "source", Path(folder) / "out"
+        shutil.copytree(ROOT / "book", stage / "book")
+        shutil.copy(ROOT / "scsae_utils" / "data" / "scgpt-mini" / "MODEL_CARD.md", stage / "book" / "model_card.md")
+        toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
+        (stage / "notebooks" / "concepts").mkdir(parents=True)
+        for notebook in chapters:
+            (stage / "notebooks" / notebook.name).write_text(json.dumps(page(notebook)))
+        for notebook in concepts:
+            title = f"Concept {notebook.stem.split('_')[1]}"
+            (stage / "notebooks" / "concepts" / notebook.name).write_text(json.dumps(page(notebook, title)))
+        if concepts:
+            toc["parts"].insert(-1, {"caption": "Concept pages", "chapters": [{"file": f"notebooks/concepts/{p.stem}"} for p in concepts]})
+        (stage / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False))
+        command = [sys.executable, "-m", "jupyter_book.cli.main", "build", str(stage), "--config", str(ROOT / "_config.yml")]
+        command += ["--toc", str(stage / "_toc.yml"), "--path-output", str(out), "-W", "--keep-going", "--quiet"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        html = out / "_build" / "html"
+        if result.returncode or not (html / "index.html").is_file():
+            sys.exit(f"{result.stdout}\n{result.stderr}\nThe book was not rendered (warnings are errors); see above.")
+        target, old = run / "book", Path(folder) / "old"
+        if target.exists():
+            target.rename(old)
+        html.rename(target)
+    return target
+
+
+def resolve_concept(run: Path, concept: int | None, gene: str | None, cell_type: str | None) -> int:
+    """The number of the concept that is asked for by number, gene or cell type; checked against the run."""
+    from .case import find_concept, load_run
+
+    return find_concept(*load_run(run), concept=concept, gene=gene, cell_type=cell_type)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m scsae_utils.book", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    run_help = "folder of the run, such as runs/mini"
+
+    p = commands.add_parser("execute", help="execute one notebook with the parameters of a profile")
+    p.add_argument("notebook", choices=SECTIONS)
+    p.add_argument("--profile", type=Path, required=True)
+    p.add_argument("--run", type=Path, required=True, help=run_help)
+    p.add_argument("--concept", type=int, help="for 04_case_study: make the page of this concept")
+
+    p = commands.add_parser("build", help="render the book from executed notebooks")
+    p.add_argument("--run", type=Path, required=True, help=run_help)
+
+    p = commands.add_parser("concept", help="print the number of the concept for a number, a gene or a cell type")
+    p.add_argument("--run", type=Path, required=True, help=run_help)
+    p.add_argument("--concept")
+    p.add_argument("--gene")
+    p.add_argument("--cell-type")
+
+    args = parser.parse_args(arguments)
+    try:
+        if args.command == "execute":
+            values = {"run": str(args.run), **load_profile(args.profile)[SECTIONS[args.notebook]]}
+            output = args.run / "notebooks" / f"{args.notebook}.ipynb"
+            if args.concept is not None:
+                values |= {"concept": args.concept, "gene": None, "cell_type": None}
+                output = args.run / "notebooks" / "concepts" / f"concept_{args.concept}.ipynb"
+            execute(ROOT / "notebooks" / f"{args.notebook}.ipynb", output, values)
+        elif args.command == "build":
+            print(f"The book: {build(args.run) / 'index.html'}")
+        else:
+            if args.concept and not args.concept.strip().isdigit():
+                raise ValueError(f"CONCEPT must be a whole number, not {args.concept!r}")
+            concept = int(args.concept) if args.concept else None
+            print(resolve_concept(args.run, concept, args.gene or None, args.cell_type or None))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""How good embeddings and dictionaries are, beside what random weights, principal components or another objective give."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from sklearn.decomposition import PCA
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.preprocessing import StandardScaler, normalize
+
+from .cells import LEVELS, UNASSIGNED
+from .concepts import KINDS, add_taxonomy, concept_data, kept, score_types, variance_explained
+from .embedding import bin_cells, cell_tokens, embed_tokens, token_ids
+from .sae import SAE, SAEConfig, train_sae
+from .scgpt import ScGPT
+
+
+def knn_accuracy(X: np.ndarray, labels, k: int = 15) -> float:
+    """Share of cells whose type is the most frequent one among their ``k`` nearest other cells (Euclidean).
+
+    ``X`` (n, d); of equally frequent types the one first in the alphabet counts.
+    """
+    codes, names = pd.factorize(np.asarray(labels, str), sort=True)
+    near = NearestNeighbors(n_neighbors=k + 1).fit(X).kneighbors(X, return_distance=False)
+    near = np.array([row[row != i][:k] for i, row in enumerate(near)])  # a cell is not its own neighbour
+    votes = np.zeros((len(X), len(names)))
+    np.add.at(votes, (np.arange(len(X))[:, None], codes[near]), 1)
+    return float((votes.argmax(1) == codes).mean())
+
+
+def knn_transfer(X: np.ndarray, labels, X_new: np.ndarray, labels_new, k: int = 15) -> float:
+    """Accuracy of the types of new cells by their ``k`` nearest neighbours among labelled cells of another study."""
+    vote = KNeighborsClassifier(n_neighbors=k).fit(X, np.asarray(labels, str))
+    return float((vote.predict(X_new) == np.asarray(labels_new, str)).mean())
+
+
+def principal_components(adata: AnnData, n: int = 50, fit_on=slice(None)) -> np.ndarray:
+    """(n_cells, n) principal components of the scaled log expression, fitted on the rows ``fit_on``: the usual embedding."""
+    X = adata.X.toarray()
+    scaler = StandardScaler().fit(X[fit_on])
+    X = np.clip(scaler.transform(X), -10, 10)
+    n = min(n, *(size - 1 for size in X[fit_on].shape))
+    return PCA(n, random_state=0).fit(X[fit_on]).transform(X).astype(np.float32)
+
+
+def random_embedding(adata: AnnData, model: ScGPT, seed: int = 0) -> np.ndarray:
+    """(n_cells, d) embeddings of the same tokens by the same network before any training."""
+    tokens = cell_tokens(adata.layers["bins"].tocsr(), token_ids(adata.var_names, model), model)
+    return embed_tokens(tokens, model.random_like(seed))
+
+
+def tie_noise(adata: AnnData, model: ScGPT, seed: int = 0, n_cells: int = 500) -> dict[str, float]:
+    """How far scGPT's random treatment of ties moves a cell, beside how far its nearest neighbour is.
+
+    Returns
+    -------
+    ``between_draws``: median distance of two draws of a cell; ``nearest_cell``: median distance of a draw to the
+    nearest draw of another cell; ``share_confused``: share of cells for which the former is larger. Euclidean, of at
+    most ``n_cells`` random cells.
+    """
+    rows = np.sort(np.random.default_rng(seed).permutation(adata.n_obs)[:n_cells])
+    cells, ids = adata[rows], token_ids(adata.var_names, model)
+    draws = [
+        embed_tokens(cell_tokens(bin_cells(cells, model, "random", seed + i), ids, model), model) for i in range(2)
+    ]
+    apart = np.linalg.norm(draws[0] - draws[1], axis=1)
+    nearest = NearestNeighbors(n_neighbors=2).fit(draws[0]).kneighbors(draws[0])[0][:, 1]
+    return {
+        "between_draws": float(np.median(apart)),
+        "nearest_cell": float(np.median(nearest)),
+        "share_confused": float((apart > nearest).mean()),
+    }
+
+
+def compare_embeddings(adata: AnnData, model: ScGPT, k: int = 15) -> pd.DataFrame:
+    """Accuracy of cell types by nearest neighbours: the model, 50 principal components, random weights.
+
+    Columns: each study by itself (low-level types, leave-one-out), then each study with the neighbours taken from the
+    others (mid-level types that both have; components are fitted on the others). Cells without a label are left out.
+    """
+    random = random_embedding(adata, model)
+    study = adata.obs["study"].astype(str).to_numpy()
+    low, mid = (adata.obs[LEVELS[level]].astype(str).to_numpy() for level in ("low", "mid"))
+    table: dict[str, dict[str, float]] = {"scGPT": {}, "50 principal components": {}, "random weights": {}}
+
+    def spaces(fit_on) -> list[np.ndarray]:
+        return [adata.obsm["X_scGPT"], principal_components(adata, fit_on=fit_on), random]
+
+    for name in sorted(set(study)):
+        rows = (study == name) & (low != UNASSIGNED)
+        if len(set(low[rows])) > 1 and rows.sum() > k:
+            for row, X in zip(table.values(), spaces(study == name)):
+                row[f"within {name}"] = knn_accuracy(X[rows], low[rows], k)
+    for name in sorted(set(study)) if len(set(study)) > 1 else []:
+        shared = set(mid[study == name]) & set(mid[study != name]) - {UNASSIGNED}
+        new, known = (study == name) & np.isin(mid, list(shared)), (study != name) & np.isin(mid, list(shared))
+        if len(shared) > 1 and known.sum() > k:
+            for row, X in zip(table.values(), spaces(known)):
+                row[f"across, to {name}"] = knn_transfer(X[known], mid[known], X[new], mid[new], k)
+    return pd.DataFrame(table).T
+
+
+def compare_penalties(adata: AnnData, config: SAEConfig, min_frequency: float, penalties) -> pd.DataFrame:
+    """The dictionary of ``config`` beside the paper's objective with several L1 weights, on held-out cells."""
+    held_out = (adata.obs["split"] == "validation").to_numpy()
+    a = adata.obsm["X_scGPT"][held_out]
+    rows = []
+    for each in [config, *(replace(config, sae="paper", l1=l1) for l1 in penalties)]:
+        sae = train_sae(adata, each, progress=False)
+        U = sae.activations(a)
+        rows.append(
+            {
+                "sae": each.sae,
+                "l1": each.l1 if each.sae == "paper" else np.nan,
+                "variance explained (held out)": variance_explained(a, sae.decode_sparse(U)),
+                "concepts per cell": U.nnz / len(a),
+                "kept concepts": int(concept_data(adata, sae, min_frequency).var["kept"].sum()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def types_found(concepts: AnnData, min_f1: float = 0.8, min_cells: int = 5) -> dict[str, float]:
+    """Cell types (of any level, once by name) that some concept finds: chosen on training cells, scored on held-out ones.
+
+    For each type the concept with the best F1 on training cells is taken; the type counts as found if this concept's
+    F1 on held-out cells exceeds ``min_f1``. Types with fewer than ``min_cells`` held-out cells are not asked for.
+
+    Returns
+    -------
+    Type: held-out F1, of the types that are found.
+    """
+    train = (concepts.obs["split"] == "train").to_numpy()
+    training, held_out = kept(concepts[train]), kept(concepts[~train])
+    found = {}
+    for level, column in LEVELS.items():
+        sizes = held_out.obs[column].value_counts()
+        for name in sizes.index[sizes >= min_cells].difference([UNASSIGNED]):
+            main = pd.DataFrame({"main_type": name, "level": level}, index=training.var_names)
+            best = score_types(training, main)["f1"].fillna(0).idxmax()
+            f1 = score_types(held_out, main.loc[[best]])["f1"].iloc[0]
+            if f1 > min_f1:
+                found[str(name)] = float(f1)
+    return found
+
+
+def taxonomy_nulls(
+    adata: AnnData, model: ScGPT, sae: SAE, concepts: AnnData, threshold: float = 0.8, seed: int = 0
+) -> pd.DataFrame:
+    """The counts of the taxonomy, beside those of the same SAE on random weights and on principal components.
+
+    Returns
+    -------
+    Rows ``scGPT``, ``random weights``, ``principal components`` (50, unit length); columns: number of ``concepts``
+    kept, number of each kind, ``types found`` (:func:`types_found`), ``variance explained`` (all cells).
+    """
+    train = (adata.obs["split"] == "train").to_numpy()
+    others = {
+        "random weights": random_embedding(adata, model, seed),
+        "principal components": normalize(principal_components(adata, fit_on=train)),
+    }
+    data, rows = {"scGPT": (concepts, sae)}, {}
+    for name, X in others.items():
+        cells = AnnData(obs=adata.obs, obsm={"X": X})
+        other = train_sae(cells, sae.config, key="X", progress=False)
+        data[name] = add_taxonomy(concept_data(cells, other, concepts.uns["min_frequency"], key="X"), threshold), other
+    for name, (cells, dictionary) in data.items():
+        kinds = kept(cells).var["kind"].value_counts()
+        key = "X_scGPT" if name == "scGPT" else "X"
+        rows[name] = {
+            "concepts": cells.var["kept"].sum(),
+            **{kind: kinds.get(kind, 0) for kind in KINDS},
+            "types found": len(types_found(cells)),
+            "variance explained": variance_explained(cells.obsm[key], dictionary.decode_sparse(cells.X)),
+        }
+    table = pd.DataFrame(rows).T
+    return table.astype({c: int for c in table if c != "variance explained"})
