@@ -72,6 +72,7 @@ def modules(name: str) -> list[str]:
     package = Path(__file__).parent
 
     def visit(source: str) -> None:
+        source = re.sub(r"^if TYPE_CHECKING:.*\n(?:[ ]+.*\n)+", "", source, flags=re.M)
         names = re.findall(r"^\s*from (?:scsae_utils)?\.?(\w*) import (.+)", source, re.M)
         names = [m or w for m, what in names for w in ([m] if m else re.findall(r"\w+", what))]
         for module in names:
@@ -180,9 +181,9 @@ def build(run: Path) -> Path:
 
 def resolve_concept(run: Path, concept: int | None, gene: str | None, cell_type: str | None) -> int:
     """The number of the concept that is asked for by number, gene or cell type; checked against the run."""
-    from .case import find_concept, load_run
+    from .runs import find_concept, load_run
 
-    return find_concept(*load_run(run), concept=concept, gene=gene, cell_type=cell_type)
+    return find_concept(load_run(run), concept=concept, gene=gene, cell_type=cell_type)
 
 
 def main(arguments: list[str] | None = None) -> None:

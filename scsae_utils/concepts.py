@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pandas as pd
 import scanpy as sc
@@ -9,7 +11,9 @@ from anndata import AnnData
 from scipy import sparse
 
 from .cells import LEVELS, UNASSIGNED, near_misses
-from .sae import SAE
+
+if TYPE_CHECKING:  # so that figures of cells do not depend on the SAE's code
+    from .sae import SAE
 
 KINDS = ("whole-cell-type", "sub-cell-type", "cross-cell-type")
 
@@ -264,3 +268,34 @@ def one_of_each(concepts: AnnData, n: int = 4) -> list[int]:
     while len(chosen) < n and any(ranked.values()):
         chosen += [number(names.pop(0)) for names in ranked.values() if names]
     return chosen[:n]
+
+
+def choose_by_types(
+    concepts: AnnData, types: list[str], level: str = "mid", min_share: float = 0.8, n: int = 6
+) -> list[int]:
+    """Numbers of the ``n`` kept concepts with the largest summed activation whose active cells are of given types.
+
+    Together the types must make up at least ``min_share`` of a concept's active cells; the concepts are returned in
+    order of the share of the first type, highest first.
+
+    Raises
+    ------
+    ValueError
+        If a type is not among the labels of the level, or no concept is of these types.
+    """
+    shares = type_shares(kept(concepts), level)
+    for name in types:
+        if name not in shares.columns:
+            raise ValueError(f"no cell is a {name!r} at the {level} level{near_misses(name, shares.columns)}")
+    fitting = shares.index[shares[types].sum(axis=1) >= min_share]
+    if len(fitting) == 0:
+        raise ValueError(f"no concept has {min_share:.0%} of its active cells among {', '.join(types)}")
+    total = pd.Series(concepts[:, fitting].X.sum(axis=0).A1, index=fitting)
+    largest = total.nlargest(n, keep="first").index
+    return [number(name) for name in shares.loc[largest, types[0]].sort_values(ascending=False, kind="stable").index]
+
+
+def overlap(sets: dict[int, set[str]]) -> np.ndarray:
+    """Jaccard index (shared / all) of each pair of sets; 0 where both are empty. With fewer than two sets, one 0."""
+    pairs = [(a, b) for i, a in enumerate(sets.values()) for b in list(sets.values())[i + 1 :]]
+    return np.array([len(a & b) / max(len(a | b), 1) for a, b in pairs] or [0.0])

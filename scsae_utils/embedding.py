@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import scanpy as sc
 import torch
 from anndata import AnnData
 from scipy import sparse
@@ -198,3 +199,9 @@ def embed(
         "n_truncated": int((np.diff(bins.indptr) >= model.config.max_seq_len).sum()),
     }
     return adata
+
+
+def add_umap(adata: AnnData, seed: int = 0) -> None:
+    """UMAP of the cell embeddings, in ``obsm["X_umap"]``."""
+    sc.pp.neighbors(adata, use_rep="X_scGPT", n_neighbors=15, random_state=seed)
+    sc.tl.umap(adata, random_state=seed)

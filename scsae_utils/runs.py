@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import anndata as ad
 from anndata import AnnData
 
 from .attribution import concepts_of_gene
-from .concepts import best_concept_for_type, check_concept, kept, number
-from .sae import SAE, load_sae
+from .cells import split_cells
+from .concepts import add_taxonomy, best_concept_for_type, check_concept, concept_data, kept, number
+from .embedding import add_umap, embed
+from .files import read, run_folder
+from .sae import SAE, SAEConfig, load_sae, train_sae
 from .scgpt import ScGPT, load_model
 
 
@@ -34,35 +36,6 @@ class Run:
     model: ScGPT
 
 
-def run_folder(run: str | Path) -> Path:
-    """The folder of a run; a relative path counts from the project's root, also in a notebook that was opened by hand."""
-    run = Path(run)
-    here = Path.cwd()
-    root = next((p for p in [here, *here.parents] if (p / "notebooks").is_dir() and (p / "profiles").is_dir()), here)
-    return run if run.is_absolute() else root / run
-
-
-def write(adata: AnnData, path: Path) -> None:
-    """Write an h5ad whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    adata.write_h5ad(part, compression="gzip")
-    part.replace(path)
-
-
-def read(path: Path, made_by: str) -> AnnData:
-    """Read one of a run's h5ad files.
-
-    Raises
-    ------
-    FileNotFoundError
-        That says which chapter makes the file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}: run chapter {made_by} first, or `make book`")
-    return ad.read_h5ad(path)
-
-
 def load_run(run: str | Path) -> Run:
     """Open the run in a folder such as ``runs/mini``.
 
@@ -75,6 +48,28 @@ def load_run(run: str | Path) -> Run:
     cells = read(folder / "embedded.h5ad", "01_embedding")
     concepts = read(folder / "concepts.h5ad", "03_concept_taxonomy")
     return Run(cells, concepts, load_sae(folder / "sae.safetensors"), load_model(cells.uns["scgpt"]["name"]))
+
+
+def make_run(
+    adata: AnnData,
+    model: ScGPT,
+    config: SAEConfig,
+    min_frequency: float = 1e-4,
+    threshold: float = 0.8,
+    held_out: float = 0.2,
+    seed: int = 0,
+    progress: bool = True,
+) -> Run:
+    """Chapters 1 to 3 in one call, in memory: split, embed, UMAP, train, activations, taxonomy.
+
+    Parameters are those of :func:`~scsae_utils.cells.split_cells`, :func:`~scsae_utils.embedding.embed`,
+    :func:`~scsae_utils.sae.train_sae`, :func:`~scsae_utils.concepts.concept_data` and
+    :func:`~scsae_utils.concepts.add_taxonomy`.
+    """
+    embed(split_cells(adata, held_out, seed), model, progress=progress)
+    add_umap(adata, seed)
+    sae = train_sae(adata, config, progress=progress)
+    return Run(adata, add_taxonomy(concept_data(adata, sae, min_frequency), threshold), sae, model)
 
 
 def find_concept(run: Run, concept: int | None = None, gene: str | None = None, cell_type: str | None = None) -> int:

@@ -1,0 +1,133 @@
+"""The order of the notebooks: what each needs and what it makes. All of a run lies in runs/<profile>/.
+
+Run through the Makefile (`make book`), or: snakemake --cores 2 --config profile=profiles/mini.yaml
+"""
+
+import os
+from pathlib import Path
+
+from scsae_utils.book import load_profile, modules
+
+PROFILE = config.get("profile", "profiles/mini.yaml")
+RUN = f"runs/{Path(PROFILE).stem}"
+P = load_profile(PROFILE)
+EXECUTE = f"export OMP_NUM_THREADS={{threads}}; python -m scsae_utils.book execute --profile {PROFILE} --run {RUN}"
+PAGES = sorted(Path(RUN, "notebooks", "concepts").glob("concept_*[0-9].ipynb"))  # made by `make concept`
+
+
+def needs(notebook):
+    """A notebook, and the modules that it imports."""
+    return [f"notebooks/{notebook}.ipynb", *modules(notebook)]
+
+
+def files(*names):
+    """Those of a section's values that are files or model folders: changing them reruns the notebook."""
+    folders = {"scgpt-mini": "scsae_utils/data/scgpt-mini"}
+    paths = [Path(folders.get(name, name)) for name in names if name]
+    return [str(f) for p in paths for f in ([p] if p.is_file() else sorted(p.glob("*.*")) if p.is_dir() else [])]
+
+
+rule book:
+    """Render the executed notebooks and the pages around them."""
+    input:
+        expand(f"{RUN}/notebooks/{{name}}.ipynb", name=["01_embedding", "02_sae", "03_concept_taxonomy", "04_case_study", "05_myeloid_concepts"]),
+        PAGES,
+        [str(p) for p in sorted(Path("book").rglob("*")) if p.is_file()],
+        "_config.yml",
+        "scsae_utils/book.py",
+        files("scgpt-mini"),
+    output:
+        f"{RUN}/book/index.html",
+    shell:
+        "python -m scsae_utils.book build --run {RUN}"
+
+
+rule embedding:
+    """Cells in, scGPT embeddings out."""
+    input:
+        needs("01_embedding"),
+        files(P["embedding"]["cells"], P["embedding"]["model"]),
+    output:
+        f"{RUN}/notebooks/01_embedding.ipynb",
+        f"{RUN}/embedded.h5ad",
+    params:
+        P["embedding"],
+    threads: workflow.cores
+    shell:
+        EXECUTE + " 01_embedding"
+
+
+rule sae:
+    """A dictionary of concepts, and their activations."""
+    input:
+        needs("02_sae"),
+        f"{RUN}/embedded.h5ad",
+    output:
+        f"{RUN}/notebooks/02_sae.ipynb",
+        f"{RUN}/sae.safetensors",
+        f"{RUN}/activations.h5ad",
+    params:
+        P["sae"],
+    threads: workflow.cores
+    shell:
+        EXECUTE + " 02_sae"
+
+
+rule concept_taxonomy:
+    """The kinds of concepts."""
+    input:
+        needs("03_concept_taxonomy"),
+        f"{RUN}/activations.h5ad",
+        f"{RUN}/sae.safetensors",
+        f"{RUN}/embedded.h5ad",
+    output:
+        f"{RUN}/notebooks/03_concept_taxonomy.ipynb",
+        f"{RUN}/concepts.h5ad",
+    params:
+        P["concept_taxonomy"],
+    threads: workflow.cores
+    shell:
+        EXECUTE + " 03_concept_taxonomy"
+
+
+rule case_study:
+    """One concept from all sides."""
+    input:
+        needs("04_case_study"),
+        f"{RUN}/concepts.h5ad",
+    output:
+        f"{RUN}/notebooks/04_case_study.ipynb",
+    params:
+        P["case_study"],
+    threads: workflow.cores
+    shell:
+        EXECUTE + " 04_case_study"
+
+
+rule concept_page:
+    """The case study of another concept, as a page of its own."""
+    input:
+        needs("04_case_study"),
+        f"{RUN}/concepts.h5ad",
+    output:
+        f"{RUN}/notebooks/concepts/concept_{{number}}.ipynb",
+    params:
+        P["case_study"],
+    threads: workflow.cores
+    shell:
+        EXECUTE + " 04_case_study --concept {wildcards.number}"
+
+
+rule myeloid_concepts:
+    """The concepts of one lineage."""
+    input:
+        needs("05_myeloid_concepts"),
+        files(P["myeloid_concepts"]["cells"], P["myeloid_concepts"]["model"]),
+        [] if P["myeloid_concepts"]["cells"] else f"{RUN}/concepts.h5ad",
+    output:
+        f"{RUN}/notebooks/05_myeloid_concepts.ipynb",
+    params:
+        P["myeloid_concepts"],
+    threads: workflow.cores
+    shell:
+        EXECUTE + " 05_myeloid_concepts"

@@ -1,0 +1,37 @@
+"""Where a run's files lie, and h5ad files written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata as ad
+from anndata import AnnData
+
+
+def run_folder(run: str | Path) -> Path:
+    """The folder of a run; a relative path counts from the project's root, also in a notebook that was opened by hand."""
+    run = Path(run)
+    here = Path.cwd()
+    root = next((p for p in [here, *here.parents] if (p / "notebooks").is_dir() and (p / "profiles").is_dir()), here)
+    return run if run.is_absolute() else root / run
+
+
+def write(adata: AnnData, path: Path) -> None:
+    """Write an h5ad whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    adata.write_h5ad(part, compression="gzip")
+    part.replace(path)
+
+
+def read(path: Path, made_by: str) -> AnnData:
+    """Read one of a run's h5ad files.
+
+    Raises
+    ------
+    FileNotFoundError
+        That says which chapter makes the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: run chapter {made_by} first, or `make book`")
+    return ad.read_h5ad(path)
