@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from anndata import AnnData
+from scipy import sparse
 from scipy.spatial.distance import cdist
 from tqdm.auto import tqdm
 
@@ -50,7 +51,8 @@ class AttributionConfig:
     absent_below
         In bins; 1 is the lowest bin of an expressed gene.
     insertion
-        Also add genes that the prototype does not express but counterfactuals do (mean of ``absent_below`` or more).
+        Also add genes that the prototype does not express but counterfactuals do (mean of ``absent_below`` or more);
+        ``"frozen"`` binning only.
     """
 
     n_prototypes: int = 20
@@ -70,6 +72,8 @@ class AttributionConfig:
         for name, allowed in options.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if self.insertion and self.binning != "frozen":
+            raise ValueError("insertion needs binning='frozen': its threshold is in bins")
         if self.n_prototypes < 1 or self.n_counterfactuals < 1:
             raise ValueError("n_prototypes and n_counterfactuals must be at least 1")
 
@@ -124,8 +128,7 @@ def occlude(model: ScGPT, ids, values, positions, new_values, remove, batch_toke
     ids, values
         (N,) the cell's tokens, ``<cls>`` first.
     positions
-        (M,) which token to change; ``N`` adds a token to the end (then ``new_ids`` are ids[positions] of a longer
-        ``ids``: the caller appends candidates to ``ids`` and ``values`` and they are left out of the base cell).
+        (M,) which token to change, 1 to N - 1 (0 is ``<cls>``). Tokens are added by :func:`insert`.
     new_values
         (M,) binned values to put there.
     remove
@@ -170,17 +173,15 @@ def insert(model: ScGPT, ids, values, new_ids, new_values, batch_tokens: int = B
 def rebinned(model: ScGPT, ids, log_values, positions, means, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
     """Embeddings (M, d) of one cell with one gene's log value replaced and the whole cell binned anew.
 
-    ``ids`` (N,) start with ``<cls>``; ``log_values`` (N - 1,) are those of the genes; ``positions`` (M,) count from
-    ``<cls>``. A mean of zero takes the gene out of the cell.
+    ``ids`` (N,) start with ``<cls>``; ``log_values`` (N - 1,) are those of all genes of the cell, also of those that
+    the model has no room for; ``positions`` (M,) count from ``<cls>``. A mean of zero takes the gene out of the cell.
     """
-    cells = []
-    for position, mean in zip(positions, means):
+    bins = np.zeros((len(positions), len(log_values)), np.float32)
+    for row, position, mean in zip(bins, positions, means):
         new = log_values.copy()
         new[position - 1] = mean
-        there = new > 0
-        bins = bin_values(new[there], model.config.n_bins)
-        cells.append((np.r_[ids[0], ids[1:][there]], np.r_[model.config.pad_value, bins].astype(np.float32)))
-    return embed_tokens(cells, model, batch_tokens)
+        row[new > 0] = bin_values(new[new > 0], model.config.n_bins)
+    return embed_tokens(cell_tokens(sparse.csr_matrix(bins), ids[1:], model), model, batch_tokens)
 
 
 def attribute(
@@ -263,8 +264,12 @@ def occlude_cell(adata, model, bins, ids, row, mean, config: AttributionConfig, 
     positions = np.arange(1, len(cell_ids))
     means = mean[columns].astype(np.float32)
     if config.binning == "rebinned":
-        log_values = np.asarray(adata.X[row, columns].todense()).ravel()
-        embedding = rebinned(model, cell_ids, log_values, positions, means, batch_tokens)
+        whole = bins[row].indices  # the bins are those of all genes, as many as there are
+        log_values = adata.X[row].toarray() if sparse.issparse(adata.X) else np.asarray(adata.X[row])
+        whole_ids = np.r_[cell_ids[0], ids[whole]]
+        place = {c: i for i, c in enumerate(whole, 1)}
+        places = [place[c] for c in columns]
+        embedding = rebinned(model, whole_ids, log_values.ravel()[whole], places, means, batch_tokens)
         change = np.where(means > 0, "value", "remove")
     else:
         remove = (means < config.absent_below) & (config.absent == "remove")
@@ -292,6 +297,8 @@ def check_embedded(adata: AnnData, model: ScGPT, key: str = "X_scGPT") -> None:
         raise ValueError("the cells are not embedded: run scsae_utils.embed(adata, model) first")
     if adata.uns["scgpt"]["model"] != model.fingerprint():
         raise ValueError("the cells were embedded with another model: embed them again with this one")
+    if adata.uns["scgpt"].get("n_genes", adata.n_vars) != adata.n_vars:
+        raise ValueError("genes were left out after the cells were embedded: embed them again")
 
 
 def gene_summary(attributions: pd.DataFrame, threshold: float = 0.05, min_prototypes: int = 5) -> pd.DataFrame:
@@ -346,6 +353,11 @@ def deletion_curves(
     -------
     Table: ``order``, ``n_removed``, ``cell``, ``activation`` relative to the whole cell (1 at the start). A cell
     keeps at least ``<cls>``.
+
+    Raises
+    ------
+    ValueError
+        If a gene is not there (names the near misses), or the concept is silent in one of the cells.
     """
     check_embedded(adata, model)
     ids, bins = token_ids(adata.var_names, model), adata.layers["bins"].tocsr()
@@ -368,6 +380,10 @@ def deletion_curves(
         table = pd.DataFrame(rows, columns=["order", "n_removed", "cell"])
         table["activation"] = torch.cat([sae.encode(e)[:, concept] for e in embeddings.split(8192)]).numpy()
     start = table[table["n_removed"] == 0].groupby(["order", "cell"])["activation"].first()
+    if (start == 0).any():
+        raise ValueError(
+            f"concept {concept} is silent in {start.index[start == 0][0][1]}: choose cells that activate it"
+        )
     table["activation"] /= start.loc[list(zip(table["order"], table["cell"]))].to_numpy()
     return table
 
@@ -389,7 +405,8 @@ def concepts_of_gene(adata: AnnData, model: ScGPT, sae: SAE, gene: str, progress
     known = adata.var_names[ids >= 0]
     if gene not in known:
         raise ValueError(
-            f"gene {gene!r} is not among the {len(known)} genes of these cells that the model knows{near_misses(gene, known)}"
+            f"gene {gene!r} is not among the {len(known)} genes of these cells that the model knows"
+            f"{near_misses(gene, known)}"
         )
     bins = adata.layers["bins"].tocsr()
     column = adata.var_names.get_loc(gene)
@@ -414,7 +431,8 @@ def compare_occlusions(
     Returns
     -------
     One row for each way: ``correlation`` with the attributions of ``config`` over the genes of ``n_prototypes``
-    prototypes, ``top 10 shared`` (share of the ten genes with the largest mean |attribution|), ``largest`` |attribution|.
+    prototypes, ``top 10 shared`` (share of the ten genes with the largest mean |attribution|), ``largest``
+    |attribution|.
     """
     config = replace(config, n_prototypes=n_prototypes, insertion=False)
     options = {"absent": ("remove", "value"), "binning": ("frozen", "rebinned")}

@@ -102,7 +102,8 @@ def label_by_markers(
         if not found:
             raise ValueError(f"none of the markers of {cell_type!r} is measured: {', '.join(symbols)}")
         score = near @ np.asarray(adata[:, found].X.mean(axis=1)).ravel()
-        scores[cell_type] = score / np.sort(score)[-min(9, len(score))]
+        strong = np.sort(score)[-min(9, len(score))]
+        scores[cell_type] = score / strong if strong > 0 else np.zeros(len(score))  # shown by hardly a cell: no type
     table = pd.DataFrame(scores, index=adata.obs_names)
     ranked = np.sort(table.to_numpy(), axis=1)
     sure = (ranked[:, -1] >= min_score) & (ranked[:, -2] <= max_second * ranked[:, -1])
@@ -131,6 +132,7 @@ def load_pbmc68k() -> AnnData:
     counts = sparse.diags(source.obs["n_counts"].to_numpy() / TARGET_SUM) @ adata.X.expm1()
     counts.data = np.rint(counts.data)
     adata.layers["counts"] = sparse.csr_matrix(counts, dtype=np.float32)
+    adata.layers["counts"].sort_indices()
     adata.obs["cell_type"] = adata.obs.pop("bulk_labels").astype(str)
     adata.obs["study"] = "pbmc68k"
     return adata
@@ -152,7 +154,7 @@ def load_celltypist_sample() -> AnnData:
 
 
 def load_mini() -> AnnData:
-    """Both packaged data sets on their common genes; with different panels the strongest concepts would be the study."""
+    """Both packaged data sets on their common genes; with two panels the strongest concepts would be the study."""
     parts = [load_pbmc68k(), load_celltypist_sample()]
     adata = ad.concat(parts, join="inner", merge="same")
     adata.obs_names = adata.obs["study"] + ":" + adata.obs_names
@@ -191,7 +193,8 @@ def check_values(adata: AnnData) -> str:
         return "counts"
     if values.max() > 20:
         raise ValueError(
-            f"X is neither counts (not whole numbers) nor log1p values (its maximum is {values.max():.3g}): give raw counts"
+            "X is neither counts (not whole numbers) nor log1p values "
+            f"(its maximum is {values.max():.3g}): give raw counts"
         )
     return "log1p"
 
@@ -220,6 +223,8 @@ def load_h5ad(
     if label is None:
         found = ", ".join(map(str, adata.obs.columns)) or "none"
         raise ValueError(f"say which column of obs holds the cell types (label=...); it has: {found}")
+    if adata.X is None:
+        raise ValueError(f"{path} holds no X: put counts or log1p values there")
     symbols = adata.var_names.astype(str)
     if symbols.str.match(r"ENS[A-Z]*G\d{6,}").mean() > 0.5:
         column = next((c for c in SYMBOL_COLUMNS if c in adata.var), None)
@@ -228,13 +233,13 @@ def load_h5ad(
                 f"genes are Ensembl ids and var has no column of symbols (looked for {', '.join(SYMBOL_COLUMNS)})"
             )
         log.warning("genes are Ensembl ids; symbols taken from var[%r]", column)
-        symbols = pd.Index(adata.var[column].astype(str))
+        symbols = pd.Index(adata.var[column].astype(object).where(adata.var[column].notna(), symbols).astype(str))
     values = check_values(adata)
     log.warning("X of %s read as %s", path.name, "counts" if values == "counts" else "log1p values")
     X = sparse.csr_matrix(adata.X, dtype=np.float32)
     X.eliminate_zeros()
     obs = pd.DataFrame(
-        {new: adata.obs[old].astype(str).replace("nan", UNASSIGNED) for new, old in columns.items() if old},
+        {new: adata.obs[old].astype(object).fillna(UNASSIGNED).astype(str) for new, old in columns.items() if old},
         index=adata.obs_names.astype(str),
     )
     if not obs.index.is_unique:
@@ -317,14 +322,18 @@ def load_cells(
         known = adata.var_names.isin(list(genes))
         if known.sum() < 10:
             raise ValueError(
-                f"only {known.sum()} of {adata.n_vars} genes are among the genes to keep (first: {', '.join(adata.var_names[:3])})"
+                f"only {known.sum()} of {adata.n_vars} genes are among the genes to keep "
+                f"(first: {', '.join(adata.var_names[:3])})"
             )
         adata = adata[:, known].copy()
     if n_top_genes is not None and n_top_genes < adata.n_vars:
         batch = "study" if adata.obs["study"].nunique() > 1 else None
         sc.pp.highly_variable_genes(adata, n_top_genes=n_top_genes, batch_key=batch)
         adata = adata[:, adata.var["highly_variable"]].copy()
-        adata = adata[np.diff(adata.X.indptr) > 0].copy()
+        empty = np.diff(adata.X.indptr) == 0
+        if empty.any():
+            log.warning("%d cells express none of the variable genes and were left out", empty.sum())
+            adata = adata[~empty].copy()
     return adata
 
 
@@ -339,7 +348,7 @@ def split_cells(adata: AnnData, share: float = 0.2, seed: int = 0) -> AnnData:
         raise ValueError(f"the share of held-out cells must lie between 0 and 1, not {share}")
     rng = np.random.default_rng(seed)
     held_out = np.zeros(adata.n_obs, bool)
-    for rows in adata.obs.reset_index().groupby(["study", "cell_type"], observed=True).groups.values():
+    for rows in adata.obs.reset_index(drop=True).groupby(["study", "cell_type"], observed=True).groups.values():
         rows = rng.permutation(np.asarray(rows))
         held_out[rows[: int(len(rows) * share + rng.random())]] = True  # rounded at random, so that the total is right
     adata.obs["split"] = pd.Categorical(np.where(held_out, "validation", "train"), categories=["train", "validation"])

@@ -124,7 +124,7 @@ def taxonomy(concepts: AnnData, threshold: float = 0.8) -> pd.DataFrame:
 
     The main type is the first label whose share among the active cells exceeds ``threshold``, looked for at the low,
     then the mid, then the high level; where there is none, the most frequent low-level label. Cells without a label
-    count among the active ones but are nobody's main type.
+    count among the active ones but are nobody's main type: a concept of theirs alone has an empty one.
 
     Returns
     -------
@@ -140,17 +140,20 @@ def taxonomy(concepts: AnnData, threshold: float = 0.8) -> pd.DataFrame:
     for level, force in [("low", False), ("mid", False), ("high", False), ("low", True)]:
         counts, sizes = active_counts(concepts, level)
         named = counts.drop(columns=UNASSIGNED, errors="ignore")
+        if named.empty:  # no cell has a label
+            continue
         best = named.idxmax(axis=1)
         hits = named.max(axis=1)
         share = hits / np.maximum(counts.sum(axis=1), 1)
-        new = active & ~found & ((share > threshold).to_numpy() | force)
+        new = active & ~found & (hits > 0).to_numpy() & ((share > threshold).to_numpy() | force)
         rows.loc[new, "main_type"] = best[new]
         rows.loc[new, "level"] = level
         rows.loc[new, "specificity"] = share[new]
         rows.loc[new, "sensitivity"] = (hits / best.map(sizes))[new]
         found |= new
+    rows.loc[active & ~found, ["specificity", "sensitivity"]] = 0.0
     total = rows["specificity"] + rows["sensitivity"]
-    rows["f1"] = 2 * rows["specificity"] * rows["sensitivity"] / total.where(total > 0)
+    rows["f1"] = 2 * rows["specificity"] * rows["sensitivity"] / total.replace(0, 1)
     specific, sensitive = rows["specificity"] > threshold, rows["sensitivity"] > threshold
     rows["kind"] = np.select([~active, specific & sensitive, specific], ["", *KINDS[:2]], KINDS[2])
     return rows
@@ -160,7 +163,8 @@ def score_types(concepts: AnnData, main: pd.DataFrame) -> pd.DataFrame:
     """Specificity, sensitivity and F1 of given main types (``main_type``, ``level``) in these cells.
 
     To be used with types that were chosen on other cells: ``score_types(held_out, taxonomy(training))``.
-    ``n_active`` is the number of active cells; with none, specificity is missing.
+    ``n_active`` is the number of active cells; with none, specificity is missing and F1 is 0. All are missing for a
+    type that no cell has.
     """
     out = pd.DataFrame(np.nan, index=main.index, columns=["specificity", "sensitivity", "f1"])
     out["n_active"] = concepts[:, main.index].X.getnnz(axis=0)
@@ -171,7 +175,7 @@ def score_types(concepts: AnnData, main: pd.DataFrame) -> pd.DataFrame:
         out.loc[hits.index, "specificity"] = hits / counts.sum(axis=1)[hits.index].replace(0, np.nan)
         out.loc[hits.index, "sensitivity"] = hits / group.loc[present, "main_type"].map(sizes)
     total = out["specificity"] + out["sensitivity"]
-    out["f1"] = 2 * out["specificity"] * out["sensitivity"] / total.where(total > 0)
+    out["f1"] = (2 * out["specificity"] * out["sensitivity"] / total.replace(0, 1)).mask(out["sensitivity"] == 0, 0)
     return out
 
 
@@ -232,7 +236,8 @@ def check_concept(concepts: AnnData, concept: int) -> int:
         raise ValueError(f"concept {concept} never activates in these cells; near it, active ones: {near}")
     if not row["kept"]:
         raise ValueError(
-            f"concept {concept} is active in only {row['n_cells']} cells and was dropped by post-processing; near it: {near}"
+            f"concept {concept} is active in only {row['n_cells']} cells and was dropped by post-processing; "
+            f"near it: {near}"
         )
     return int(concept)
 

@@ -172,8 +172,8 @@ def embed(
     Returns
     -------
     ``adata`` with ``obsm["X_scGPT"]`` (n_cells, d) of unit length, ``layers["bins"]`` (what the model was fed) and
-    the settings in ``uns["scgpt"]``: ``name`` and ``model`` (name and fingerprint of the weights), ``ties``, ``seed``, ``n_genes_known``,
-    ``n_genes``, ``n_truncated`` (cells with more genes than the model reads).
+    the settings in ``uns["scgpt"]``: ``name`` and ``model`` (name and fingerprint of the weights), ``ties``, ``seed``,
+    ``n_genes_known``, ``n_genes``, ``n_truncated`` (cells with more genes than the model reads).
 
     Raises
     ------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -33,20 +35,20 @@ def palette(adata: AnnData, level: str = "low") -> dict[str, str]:
     obs = adata.obs[list(LEVELS.values())].astype(str)
     high = sorted(set(obs["cell_type_high"]) - {UNASSIGNED})
     spare = [c for c in OTHER_COLORS]
-    base = {t: HIGH_COLORS.get(t) or spare[i % len(spare)] for i, t in enumerate(high)}
+    base = {t: HIGH_COLORS.get(t) or spare[i % len(spare)] for i, t in enumerate(high)} | {UNASSIGNED: GREY}
     if level == "high":
         colors = base
     else:
         colors = {}
         for parent, group in obs.groupby("cell_type_high"):
             names = list(dict.fromkeys(group.sort_values(list(LEVELS.values())[::-1])[LEVELS[level]]))
-            if parent in base:
-                shades = sns.blend_palette(
-                    [sns.light_palette(base[parent], 5)[2], base[parent], sns.dark_palette(base[parent], 5)[1]],
-                    len(names),
-                )
-                colors |= {t: to_hex(c) for t, c in zip(names, shades if len(names) > 1 else [base[parent]])}
-    return colors | {UNASSIGNED: GREY}
+            shades = sns.blend_palette(
+                [sns.light_palette(base[parent], 5)[2], base[parent], sns.dark_palette(base[parent], 5)[1]],
+                len(names),
+            )
+            colors |= {t: to_hex(c) for t, c in zip(names, shades if len(names) > 1 else [base[parent]])}
+    colors.pop(UNASSIGNED, None)
+    return colors | {UNASSIGNED: GREY}  # the last one
 
 
 def umap_axes(ax, title: str = "") -> None:
@@ -101,6 +103,7 @@ def umap_studies(adata: AnnData) -> Figure:
 def cell_tokens_bars(adata: AnnData, cell: str, n: int = 40) -> Figure:
     """What the model is fed of one cell: its most expressed genes with their bins."""
     bins = adata[cell].layers["bins"].toarray().ravel()
+    n = min(n, int((bins > 0).sum()))
     top = np.argsort(-bins, kind="stable")[:n]
     fig, ax = plt.subplots(figsize=(8, 3))
     ax.bar(range(n), bins[top], color="#0072B2")
@@ -206,7 +209,7 @@ def specificity_sensitivity(concepts: AnnData, threshold: float = 0.8) -> Figure
 
 
 def concept_map(concepts: AnnData, xy: np.ndarray) -> Figure:
-    """Concepts in the UMAP (k, 2) of their vectors: size = frequency, colour = main type, opacity = its share (Fig. 10)."""
+    """Concepts in the UMAP (k, 2) of their vectors; size: frequency, colour: main type, opacity: share (Fig. 10)."""
     var = kept(concepts).var
     colors = {t: c for level in LEVELS for t, c in palette(concepts, level).items()}
     shown = var["main_type"].map(lambda t: colors.get(t, GREY))
@@ -379,7 +382,7 @@ def attribution_strip(attributions: pd.DataFrame, genes: list[str], threshold: f
 
 
 def deletion(curves: pd.DataFrame) -> Figure:
-    """Activation while genes are removed, by order of removal; band: random orders, from lowest to highest (Fig. 2f)."""
+    """Activation while genes are removed, by order of removal; band: random orders, lowest to highest (Fig. 2f)."""
     fig, ax = plt.subplots(figsize=(6.5, 4))
     means = curves.groupby(["order", "n_removed"])["activation"].mean().unstack("order")
     random = means[[c for c in means if c.startswith("random")]]
@@ -393,7 +396,8 @@ def deletion(curves: pd.DataFrame) -> Figure:
             label=f"{random.shape[1]} random orders",
             lw=0,
         )
-    for order, color in zip([c for c in means if not c.startswith("random")], ["#D55E00", "#0072B2", "#009E73"]):
+    named = [c for c in means if not c.startswith("random")]
+    for order, color in zip(named, cycle(["#D55E00", "#0072B2", "#009E73", *OTHER_COLORS])):
         line = means[order].dropna()
         ax.plot(line.index, line, color=color, marker="o", ms=3, label=order)
     ax.axhline(0, color="black", lw=0.6)

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from anndata import AnnData
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from scipy import sparse
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class SAEConfig:
         for name in ("n_concepts", "batch_size", "epochs", "k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.learning_rate <= 0 or self.l1 < 0 or self.dead_epochs < 0:
+        if not self.learning_rate > 0 or self.l1 < 0 or self.dead_epochs < 0:
             raise ValueError("learning_rate must be positive, l1 and dead_epochs must not be negative")
         if self.sae != "paper" and self.k > self.n_concepts:
             raise ValueError(f"k = {self.k} active concepts out of n_concepts = {self.n_concepts} cannot be")
@@ -220,8 +221,9 @@ def train_sae(
     silent = torch.zeros(config.n_concepts)  # epochs since a concept was last active
     history: list[dict] = []
     first = 0
+    digest = hashlib.sha256(data.numpy()).hexdigest() if checkpoint is not None else ""
     if checkpoint is not None and Path(checkpoint).is_file():
-        first, silent, history = load_checkpoint(checkpoint, sae, optimizer)
+        first, silent, history = load_checkpoint(checkpoint, sae, optimizer, digest)
     total = (data - data.mean(0)).pow(2).sum().item()
     bar = tqdm(
         range(first, config.epochs),
@@ -240,8 +242,7 @@ def train_sae(
             loss, u = training_loss(sae, a, silent >= config.dead_epochs if config.dead_epochs else silent < 0)
             optimizer.zero_grad()
             loss.backward()
-            step(sae, optimizer)
-            with torch.no_grad():
+            with torch.no_grad():  # the history is of the weights that the loss is of
                 fired |= (u > 0).any(0)
                 losses += loss.item() * len(a)
                 error += (sae.decode(u) - a).pow(2).sum().item()
@@ -249,6 +250,7 @@ def train_sae(
                 if config.sae == "batchtopk":  # running mean of the smallest activation that was kept
                     smallest = u[u > 0].min() if (u > 0).any() else sae.threshold
                     sae.threshold.copy_(smallest if epoch == 0 else 0.99 * sae.threshold + 0.01 * smallest)
+            step(sae, optimizer)
         silent = torch.where(fired, torch.zeros_like(silent), silent + 1)
         history.append(
             {
@@ -260,7 +262,7 @@ def train_sae(
         )
         bar.set_postfix(variance_explained=f"{history[-1]['variance_explained']:.3f}", refresh=False)
         if checkpoint is not None and (epoch + 1) % checkpoint_every == 0 and epoch + 1 < config.epochs:
-            save_checkpoint(checkpoint, sae, optimizer, epoch + 1, silent, history)
+            save_checkpoint(checkpoint, sae, optimizer, epoch + 1, silent, history, digest)
     if checkpoint is not None:
         Path(checkpoint).unlink(missing_ok=True)
     sae.history = pd.DataFrame(history)
@@ -277,7 +279,7 @@ def step(sae: SAE, optimizer: torch.optim.Optimizer) -> None:
 
 
 def geometric_median(x: Tensor, iterations: int = 50) -> Tensor:
-    """Point (d,) with the least sum of distances to the rows of x (n, d), by Weiszfeld's method: the start of ``b_d``."""
+    """Point (d,) with the least sum of distances to the rows of x (n, d) (Weiszfeld's method): the start of ``b_d``."""
     y = x.mean(0)
     for _ in range(iterations):
         weight = 1 / (x - y).norm(dim=1).clamp_min(1e-8)
@@ -298,8 +300,11 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict) 
 
 def read_metadata(path: str | Path) -> dict:
     """The JSON metadata of a file from :func:`write_tensors`."""
-    with safe_open(str(path), "pt") as file:
-        return {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+    try:
+        with safe_open(str(path), "pt") as file:
+            return {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def save_sae(sae: SAE, path: str | Path) -> None:
@@ -323,31 +328,36 @@ def load_sae(path: str | Path) -> SAE:
     tensors = load_file(path)
     if "b_d" not in tensors:
         raise ValueError(f"{path} lacks the tensor b_d")
-    sae = SAE(SAEConfig(**metadata["config"]), len(tensors["b_d"]))
     try:
+        sae = SAE(SAEConfig(**metadata["config"]), len(tensors["b_d"]))
         sae.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"{path} does not fit its configuration: {error}") from error
     sae.history = pd.DataFrame(metadata.get("history", {}))
     return sae.eval().requires_grad_(False)
 
 
-def save_checkpoint(path, sae: SAE, optimizer, epoch: int, silent: Tensor, history: list[dict]) -> None:
-    """Everything that training needs to go on as if it had not stopped."""
+def save_checkpoint(
+    path, sae: SAE, optimizer, epoch: int, silent: Tensor, history: list[dict], digest: str = ""
+) -> None:
+    """Everything that training needs to go on as if it had not stopped; ``digest`` is of the cells' embeddings."""
     state = optimizer.state_dict()["state"]
     tensors = (
         dict(sae.state_dict())
         | {f"adam.{i}.{k}": v for i, s in state.items() for k, v in s.items()}
         | {"silent": silent}
     )
-    write_tensors(path, tensors, {"config": asdict(sae.config), "epoch": epoch, "history": history})
+    metadata = {"config": asdict(sae.config), "epoch": epoch, "history": history, "digest": digest}
+    write_tensors(path, tensors, metadata)
 
 
-def load_checkpoint(path, sae: SAE, optimizer) -> tuple[int, Tensor, list[dict]]:
+def load_checkpoint(path, sae: SAE, optimizer, digest: str = "") -> tuple[int, Tensor, list[dict]]:
     """Put a checkpoint back; returns the epochs done, the silence of each concept and the history."""
     metadata = read_metadata(path)
     if metadata.get("config") != asdict(sae.config):
         raise ValueError(f"the checkpoint {path} is of a run with other settings: delete it to start anew")
+    if metadata.get("digest") != digest:
+        raise ValueError(f"the checkpoint {path} is of a run on other embeddings: delete it to start anew")
     tensors = load_file(path)
     sae.load_state_dict({k: tensors[k] for k in sae.state_dict()})
     groups = optimizer.state_dict()["param_groups"]

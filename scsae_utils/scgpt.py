@@ -13,15 +13,17 @@ import json
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 SHIPPED = ("scgpt-mini",)
 WEIGHT_FILES = ("model.safetensors", "best_model.safetensors", "best_model.pt")
-NOT_NEEDED = ("decoder.", "cls_decoder.", "mvc_decoder.", "flag_encoder.")  # used in pretraining, not for embedding
+USED = ("encoder.", "value_encoder.", "transformer_encoder.", "bn.", "dsbn.")  # scGPT's tensors that make an embedding
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class SelfAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer layer. With ``only_cls`` its output is computed for ``<cls>`` alone, which is all the last one needs."""
+    """One transformer layer. With ``only_cls`` it computes ``<cls>`` alone, which is all that the last one needs."""
 
     def __init__(self, config: ScGPTConfig):
         super().__init__()
@@ -244,7 +246,9 @@ def load_model(name_or_folder: str | Path = "scgpt-mini") -> ScGPT:
     FileNotFoundError
         If the folder or one of its files is missing.
     ValueError
-        If a tensor that the embedding needs is missing or has another shape; the message lists them all.
+        If a tensor that the embedding needs is missing or has another shape, or the checkpoint has further ones that
+        an embedding would need (more layers than ``args.json`` says); the message lists them all. Also if the weights
+        cannot be read, or hold more than tensors.
     """
     folder = (
         Path(str(files("scsae_utils") / "data" / name_or_folder)) if name_or_folder in SHIPPED else Path(name_or_folder)
@@ -263,11 +267,13 @@ def load_model(name_or_folder: str | Path = "scgpt-mini") -> ScGPT:
         raise FileNotFoundError(f"{folder} has no weights: looked for {', '.join(WEIGHT_FILES)}")
     config = ScGPTConfig.from_args(json.loads((folder / "args.json").read_text()))
     model = ScGPT(config, json.loads((folder / "vocab.json").read_text()))
-    tensors = (
-        load_file(weights)
-        if weights.suffix == ".safetensors"
-        else torch.load(weights, map_location="cpu", weights_only=True)
-    )
+    try:
+        if weights.suffix == ".safetensors":
+            tensors = load_file(weights)
+        else:
+            tensors = torch.load(weights, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{weights} cannot be read as weights: {error}") from error
     tensors = {
         k.removeprefix("module.").replace("self_attn.Wqkv.", "self_attn.in_proj_"): v for k, v in tensors.items()
     }
@@ -278,6 +284,7 @@ def load_model(name_or_folder: str | Path = "scgpt-mini") -> ScGPT:
         for k, v in needed.items()
         if k in tensors and tensors[k].shape != v.shape
     ]
+    problems += [f"{k}: not in this architecture" for k in tensors if k.startswith(USED) and k not in needed]
     if problems:
         raise ValueError(f"{weights} does not fit its args.json and vocab.json:\n  " + "\n  ".join(problems))
     model.load_state_dict({k: tensors[k].float() for k in needed})
