@@ -213,7 +213,7 @@ def load_h5ad(
         )
     try:
         adata = ad.read_h5ad(path)
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not an .h5ad file that anndata can read: {error}") from error
     columns = {"cell_type": label, "cell_type_mid": label_mid, "cell_type_high": label_high, "study": study}
     for column in filter(None, columns.values()):

@@ -272,7 +272,7 @@ def load_model(name_or_folder: str | Path = "scgpt-mini") -> ScGPT:
             tensors = load_file(weights)
         else:
             tensors = torch.load(weights, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+    except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError) as error:
         raise ValueError(f"{weights} cannot be read as weights: {error}") from error
     tensors = {
         k.removeprefix("module.").replace("self_attn.Wqkv.", "self_attn.in_proj_"): v for k, v in tensors.items()

@@ -1,0 +1,94 @@
+"""Small things that many tests share, made once. None of them needs the pretrained model or the network."""
+
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import sys
+import types
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors here are too small to be shared out
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import scsae_utils  # noqa: E402
+from scsae_utils.cells import split_cells  # noqa: E402
+from scsae_utils.concepts import add_taxonomy, concept_data  # noqa: E402
+from scsae_utils.scgpt import ScGPT, ScGPTConfig  # noqa: E402
+
+
+def perturbed(config: ScGPTConfig, genes, seed: int = 0) -> ScGPT:
+    """A network whose norms and biases are not at their start (1 and 0), so that leaving one out shows."""
+    vocab = {gene: i for i, gene in enumerate(["<pad>", "<cls>", "<eoc>", *genes])}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ScGPT(config, vocab)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter += 0.3 * torch.randn_like(parameter)
+            model.encoder.embedding.weight.normal_()
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def genuine_module():
+    """Imports a module of the genuine scgpt, without the rest of that package, which does not import.
+
+    The wheel is there for comparison only, so that a machine may lack it; with ``CI`` set it has to be there.
+    """
+    spec = importlib.util.find_spec("scgpt")
+    if spec is None:
+        message = "the genuine scgpt is not installed: pip install --no-deps scgpt==0.2.4"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    assert importlib.metadata.version("scgpt") == "0.2.4"
+    root = Path(spec.submodule_search_locations[0])
+    for name, path in {"scgpt": root, "scgpt.model": root / "model"}.items():
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__path__ = [str(path)]
+    sys.modules["scgpt"].logger = logging.getLogger("scgpt")
+    return importlib.import_module
+
+
+@pytest.fixture(scope="session")
+def mini_cells():
+    """The packaged cells, as they are loaded; copy before a change."""
+    return scsae_utils.load_cells()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(mini_cells):
+    """scGPT of 2 layers, 16 wide, that knows the genes of the packaged cells."""
+    return perturbed(ScGPTConfig(embsize=16, nheads=2, d_hid=24, nlayers=2), mini_cells.var_names)
+
+
+@pytest.fixture(scope="session")
+def embedded(mini_cells, tiny_model):
+    """160 cells of both studies, embedded, split and with a map; copy before a change."""
+    cells = mini_cells[np.random.default_rng(0).choice(mini_cells.n_obs, 160, replace=False)].copy()
+    scsae_utils.embed(cells, tiny_model, progress=False)
+    cells.obsm["X_umap"] = cells.obsm["X_scGPT"][:, :2]  # a stand-in: nothing here is about UMAP
+    return split_cells(cells)
+
+
+@pytest.fixture(scope="session")
+def sae(embedded):
+    """24 concepts, 4 of them active in a cell on average."""
+    return scsae_utils.train_sae(
+        embedded, sae="batchtopk", n_concepts=24, k=4, learning_rate=3e-3, batch_size=64, epochs=40, progress=False
+    )
+
+
+@pytest.fixture(scope="session")
+def concepts(embedded, sae):
+    """Cells x concepts with taxonomy."""
+    return add_taxonomy(concept_data(embedded, sae))
