@@ -214,6 +214,7 @@ def train_sae(
     if not data.isfinite().all():
         raise ValueError("cell embeddings hold NaN or infinite values")
 
+    torch.set_flush_denormal(True)  # the optimiser's moments of silent concepts would slow every step tenfold
     sae = SAE(config, data.shape[1])
     with torch.no_grad():
         sae.b_d.copy_(geometric_median(data))
