@@ -3,15 +3,15 @@
 Run through the Makefile (`make book`), or: snakemake --cores 2 --config profile=profiles/mini.yaml
 """
 
-import os
 from pathlib import Path
 
 from scsae_utils.book import load_profile, modules
 
-PROFILE = config.get("profile", "profiles/mini.yaml")
-RUN = f"runs/{Path(PROFILE).stem}"
-P = load_profile(PROFILE)
-EXECUTE = f"export OMP_NUM_THREADS={{threads}}; python -m scsae_utils.book execute --profile {PROFILE} --run {RUN}"
+config.setdefault("profile", "profiles/mini.yaml")
+RUN = f"runs/{Path(config['profile']).stem}"
+P = load_profile(config["profile"])
+# The profile's path is filled in late: were it part of the rules' code, another path would rerun everything.
+EXECUTE = "export OMP_NUM_THREADS={threads}; python -m scsae_utils.book execute --profile {config[profile]} --run {RUN}"
 PAGES = sorted(Path(RUN, "notebooks", "concepts").glob("concept_*[0-9].ipynb"))  # made by `make concept`
 
 

@@ -53,13 +53,22 @@ def load_profile(path: str | Path) -> dict[str, dict]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no profile {str(path)!r}; there are: {', '.join(map(str, sorted(ROOT.glob('profiles/*.yaml'))))}")
+        raise FileNotFoundError(
+            f"no profile {str(path)!r}; there are: {', '.join(map(str, sorted(ROOT.glob('profiles/*.yaml'))))}"
+        )
     profile = yaml.safe_load(path.read_text()) or {}
-    problems = [f"unknown section {s!r} (sections: {', '.join(SECTIONS.values())})" for s in profile if s not in SECTIONS.values()]
+    problems = [
+        f"unknown section {s!r} (sections: {', '.join(SECTIONS.values())})"
+        for s in profile
+        if s not in SECTIONS.values()
+    ]
     for notebook, section in SECTIONS.items():
         wanted = set(parameters(ROOT / "notebooks" / f"{notebook}.ipynb")) - {"run"}
         given = set(profile.get(section) or {})
-        problems += [f"{section}: unknown parameter {p!r} ({notebook} has: {', '.join(sorted(wanted))})" for p in sorted(given - wanted)]
+        problems += [
+            f"{section}: unknown parameter {p!r} ({notebook} has: {', '.join(sorted(wanted))})"
+            for p in sorted(given - wanted)
+        ]
         problems += [f"{section}: parameter {p!r} is missing" for p in sorted(wanted - given)]
     if problems:
         raise ValueError(f"the profile {path} does not fit the notebooks:\n  " + "\n  ".join(problems))
@@ -101,15 +110,21 @@ def execute(notebook: Path, output: Path, values: dict) -> None:
 
     unknown = set(values) - set(parameters(notebook))
     if unknown:
-        raise ValueError(f"{notebook.name} has no parameter {', '.join(sorted(unknown))}; it has: {', '.join(parameters(notebook))}")
+        raise ValueError(
+            f"{notebook.name} has no parameter {', '.join(sorted(unknown))}; it has: {', '.join(parameters(notebook))}"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     failed = output.with_suffix(".failed.ipynb")
     failed.unlink(missing_ok=True)
     print(f"executing {notebook.name}", file=sys.stderr)
     try:
-        papermill.execute_notebook(notebook, failed, values, cwd=ROOT, progress_bar=sys.stderr.isatty(), log_output=False)
+        papermill.execute_notebook(
+            notebook, failed, values, cwd=ROOT, progress_bar=sys.stderr.isatty(), log_output=False
+        )
     except PapermillExecutionError as error:
-        sys.exit(f"\n{notebook.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\nThe notebook as far as it came: {failed}")
+        sys.exit(
+            f"\n{notebook.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\nThe notebook as far as it came: {failed}"
+        )
     check_executed(failed)
     failed.replace(output)
 
@@ -164,9 +179,20 @@ def build(run: Path) -> Path:
             title = f"Concept {notebook.stem.split('_')[1]}"
             (stage / "notebooks" / "concepts" / notebook.name).write_text(json.dumps(page(notebook, title)))
         if concepts:
-            toc["parts"].insert(-1, {"caption": "Concept pages", "chapters": [{"file": f"notebooks/concepts/{p.stem}"} for p in concepts]})
+            toc["parts"].insert(
+                -1,
+                {"caption": "Concept pages", "chapters": [{"file": f"notebooks/concepts/{p.stem}"} for p in concepts]},
+            )
         (stage / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False))
-        command = [sys.executable, "-m", "jupyter_book.cli.main", "build", str(stage), "--config", str(ROOT / "_config.yml")]
+        command = [
+            sys.executable,
+            "-m",
+            "jupyter_book.cli.main",
+            "build",
+            str(stage),
+            "--config",
+            str(ROOT / "_config.yml"),
+        ]
         command += ["--toc", str(stage / "_toc.yml"), "--path-output", str(out), "-W", "--keep-going", "--quiet"]
         result = subprocess.run(command, capture_output=True, text=True)
         html = out / "_build" / "html"

@@ -1,0 +1,52 @@
+# make book | make test | make concept CONCEPT=17 | make help
+PROFILE ?= profiles/mini.yaml
+PYTHON ?= python3
+CORES ?= $(shell getconf _NPROCESSORS_ONLN)
+RUN = runs/$(basename $(notdir $(PROFILE)))
+BIN = .venv/bin
+SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --cores $(CORES) --quiet rules progress \
+	--max-checksum-file-size 1000000000 --config profile=$(PROFILE)
+export MPLBACKEND = agg
+
+.PHONY: help book test concept lint clean
+
+help:
+	@echo "make book                     execute the notebooks and render the book  [PROFILE=profiles/mini.yaml]"
+	@echo "make concept CONCEPT=17       add the page of a concept to the book; or GENE=LYZ, or CELL_TYPE=\"CD19+ B\""
+	@echo "make test                     run the tests"
+	@echo "make lint                     check the style of the code"
+	@echo "make clean                    delete all runs and books (not .venv)"
+
+# The packages, in the exact versions of constraints.txt.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Try make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps scgpt==0.2.4  # the genuine package, as an oracle
+	touch $@
+
+book: .venv/installed
+	@$(SNAKEMAKE) book
+	@echo "The book: $(CURDIR)/$(RUN)/book/index.html"
+
+concept: .venv/installed
+	@test -n "$(CONCEPT)$(GENE)$(CELL_TYPE)" || { echo 'error: say which concept: make concept CONCEPT=17, GENE=LYZ or CELL_TYPE="CD19+ B"'; exit 1; }
+	@$(SNAKEMAKE) $(RUN)/concepts.h5ad
+	@number=$$($(BIN)/python -m scsae_utils.book concept --run $(RUN) --concept "$(CONCEPT)" --gene "$(GENE)" --cell-type "$(CELL_TYPE)") \
+		&& $(SNAKEMAKE) $(RUN)/notebooks/concepts/concept_$$number.ipynb \
+		&& $(SNAKEMAKE) book \
+		&& echo "The page: $(CURDIR)/$(RUN)/book/notebooks/concepts/concept_$$number.html"
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf runs

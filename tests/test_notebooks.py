@@ -1,0 +1,106 @@
+"""The notebooks: thin, parameterised, without outputs; their parameters stand in every profile, and nothing else does."""
+
+import ast
+import json
+
+import pytest
+import yaml
+
+from scsae_utils import book
+from scsae_utils.book import ROOT, SECTIONS
+
+NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in SECTIONS]
+
+
+def code_cells(path):
+    return ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_thin_and_clean(path):
+    content = json.loads(path.read_text())
+    assert content["metadata"]["language_info"]["name"] == "python"
+    assert not any(c.get("outputs") or c.get("execution_count") for c in content["cells"]), "outputs are kept in git"
+    for source in code_cells(path):
+        assert sum(bool(line.strip()) for line in source.splitlines()) <= 30
+        defined = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+        assert not defined, f"{path.stem} defines {defined[0].name}: code belongs in a module"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_defaults_are_the_mini_profile(path):
+    profile = yaml.safe_load((ROOT / "profiles/mini.yaml").read_text())[SECTIONS[path.stem]]
+    defaults = {name: ast.literal_eval(value) for name, value in book.parameters(path).items()}
+    assert defaults.pop("run") == "runs/mini"
+    assert defaults == profile
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("profiles/*.yaml"), ROOT / "tests/tiny.yaml"], ids=lambda p: p.stem)
+def test_every_profile_names_every_parameter(path):
+    assert set(book.load_profile(path)) == set(SECTIONS.values())
+
+
+def test_profile_errors_name_what_is_wrong(tmp_path):
+    profile = yaml.safe_load((ROOT / "profiles/mini.yaml").read_text())
+    del profile["sae"]["epochs"]
+    profile["sae"]["epoch"] = 3
+    profile["extra"] = {}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(profile))
+    with pytest.raises(ValueError) as error:
+        book.load_profile(tmp_path / "p.yaml")
+    for part in ("unknown section 'extra'", "unknown parameter 'epoch'", "parameter 'epochs' is missing"):
+        assert part in str(error.value)
+    with pytest.raises(FileNotFoundError, match=r"mini\.yaml"):
+        book.load_profile(tmp_path / "missing.yaml")
+
+
+def test_a_notebook_depends_on_the_modules_it_imports_and_on_no_others():
+    embedding = book.modules("01_embedding")
+    assert {"scsae_utils/cells.py", "scsae_utils/scgpt.py", "scsae_utils/plots.py"} <= set(embedding)
+    assert not {"scsae_utils/sae.py", "scsae_utils/attribution.py", "scsae_utils/words.py"} & set(embedding)
+    assert "scsae_utils/words.py" in book.modules("04_case_study")
+    assert "scsae_utils/words.py" not in book.modules("05_myeloid_concepts")
+
+
+def notebook(tmp_path, source, tags=("parameters",)):
+    cells = [("x = 1", list(tags)), (source, [])]
+    content = {
+        "cells": [
+            {
+                "cell_type": "code",
+                "id": f"c{i}",
+                "metadata": {"tags": t},
+                "source": s,
+                "outputs": [],
+                "execution_count": None,
+            }
+            for i, (s, t) in enumerate(cells)
+        ],
+        "metadata": {"kernelspec": {"name": "python3", "display_name": "x", "language": "python"}},
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+    (tmp_path / "in.ipynb").write_text(json.dumps(content))
+    return tmp_path / "in.ipynb"
+
+
+def test_a_notebook_that_fails_is_never_an_output(tmp_path):
+    source = notebook(tmp_path, "raise RuntimeError(f'no good: {x}')")
+    with pytest.raises(SystemExit, match="RuntimeError: no good: 7"):
+        book.execute(source, tmp_path / "out.ipynb", {"x": 7})
+    assert not (tmp_path / "out.ipynb").exists()
+    assert (tmp_path / "out.failed.ipynb").exists()
+    with pytest.raises(SystemExit, match="not published"):
+        book.check_executed(tmp_path / "out.failed.ipynb")
+
+
+def test_a_notebook_that_was_not_executed_is_not_published(tmp_path):
+    with pytest.raises(SystemExit, match="not executed"):
+        book.check_executed(notebook(tmp_path, "pass"))
+
+
+def test_parameters_that_papermill_would_ignore_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="no parameter y; it has: x"):
+        book.execute(notebook(tmp_path, "pass"), tmp_path / "out.ipynb", {"y": 1})
+    with pytest.raises(ValueError, match="no cell tagged 'parameters'"):
+        book.execute(notebook(tmp_path, "pass", tags=()), tmp_path / "out.ipynb", {"x": 1})
