@@ -8,9 +8,11 @@ import sys
 import types
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors here are too small to be shared out
+# The tensors here are too small to be shared out. Numba counts too: it sets the number of threads that torch uses.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
 
-import matplotlib
+import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
 

@@ -1,0 +1,427 @@
+"""Which genes drive a concept: against naive loops over the model, and where the drivers are known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import perturbed
+
+from scsae_utils import attribution as module
+from scsae_utils import embed
+from scsae_utils.attribution import (
+    AttributionConfig,
+    attribute,
+    check_embedded,
+    choose_counterfactuals,
+    choose_prototypes,
+    compare_occlusions,
+    concepts_of_gene,
+    deletion_curves,
+    gene_summary,
+    insert,
+    occlude,
+    rebinned,
+)
+from scsae_utils.embedding import bin_values, cell_tokens, embed_tokens, token_ids
+from scsae_utils.sae import SAE, SAEConfig
+from scsae_utils.scgpt import ScGPTConfig
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model
+
+
+@pytest.fixture(scope="module")
+def cells(embedded):
+    """60 cells of 80 genes, so that every gene can be occluded in no time; each expresses 5 genes or more."""
+    genes = np.asarray((embedded.X > 0).sum(0)).ravel().argsort()[::-1][:240:3]
+    part = embedded[:60, np.sort(genes)].copy()
+    return part[part.X.getnnz(axis=1) >= 5].copy()
+
+
+@pytest.fixture(scope="module")
+def fed(cells, model):
+    return embed(cells.copy(), model, progress=False)
+
+
+@pytest.fixture(scope="module")
+def relu_sae(fed):
+    """12 concepts, each active in about 30 % of the cells, without the jumps of a threshold."""
+    sae = SAE(SAEConfig(n_concepts=12, seed=3), fed.obsm["X_scGPT"].shape[1])
+    sae.requires_grad_(False)
+    sae.b_d.copy_(torch.from_numpy(fed.obsm["X_scGPT"].mean(0)))
+    before = (torch.from_numpy(fed.obsm["X_scGPT"]) - sae.b_d) @ sae.W_e
+    sae.b_e.copy_(-before.quantile(0.7, dim=0))
+    return sae.eval()
+
+
+@pytest.fixture(scope="module")
+def cell(fed, model):
+    """Tokens and log values of one cell."""
+    row = int(fed.X.getnnz(axis=1).argmax())
+    ids, values = cell_tokens(fed.layers["bins"][row], token_ids(fed.var_names, model), model)[0]
+    log_values = fed.X[row].toarray().ravel()
+    return ids, values, log_values[log_values > 0]
+
+
+def naive(model, ids, values) -> np.ndarray:
+    """The model run on one cell, on its own."""
+    return model(torch.as_tensor(ids)[None], torch.as_tensor(values, dtype=torch.float32)[None])[0].numpy()
+
+
+class TestOccludingOneCell:
+    def test_a_genes_own_value_changes_nothing(self, model, cell):
+        ids, values, _ = cell
+        positions = np.arange(1, len(ids))
+        same = occlude(model, ids, values, positions, values[1:], np.zeros(len(positions), bool))
+        np.testing.assert_allclose(same, np.tile(naive(model, ids, values), (len(positions), 1)), atol=1e-6)
+
+    @pytest.mark.parametrize("batch_tokens", [1, 100, 8192])
+    def test_equals_a_naive_loop(self, model, cell, batch_tokens):
+        """Half of the genes get a new value, the other half lose their token; whatever the size of a batch."""
+        ids, values, _ = cell
+        positions = np.arange(1, len(ids))
+        new, remove = np.linspace(0, 50, len(positions)), positions % 2 == 0
+        out = occlude(model, ids, values, positions, new, remove, batch_tokens)
+        for i, position in enumerate(positions):
+            if remove[i]:
+                expected = naive(model, np.delete(ids, position), np.delete(values, position))
+            else:
+                changed = values.copy()
+                changed[position] = new[i]
+                expected = naive(model, ids, changed)
+            np.testing.assert_allclose(out[i], expected, atol=1e-5)
+
+    def test_positions_may_be_some_and_in_any_order(self, model, cell):
+        ids, values, _ = cell
+        every = occlude(model, ids, values, [1, 2, 3, 4], [9, 9, 9, 9], [True, False, True, False])
+        some = occlude(model, ids, values, [4, 1], [9, 9], [False, True])
+        np.testing.assert_allclose(some, every[[3, 0]], atol=1e-6)
+
+    def test_a_cell_of_one_gene_can_lose_it(self, model):
+        ids, values = np.array([model.vocab["<cls>"], 7]), np.array([-2.0, 25.5], np.float32)
+        out = occlude(model, ids, values, [1], [0], [True])
+        np.testing.assert_allclose(out[0], naive(model, ids[:1], values[:1]), atol=1e-6)
+
+    @pytest.mark.parametrize("batch_tokens", [1, 8192])
+    def test_insertion_equals_the_cell_with_the_gene(self, model, cell, batch_tokens):
+        ids, values, _ = cell
+        new = np.setdiff1d(np.arange(3, len(model.vocab)), ids)[:5]
+        out = insert(model, ids, values, new, np.arange(5) + 10, batch_tokens)
+        for i in range(5):
+            np.testing.assert_allclose(out[i], naive(model, np.r_[ids, new[i]], np.r_[values, 10 + i]), atol=1e-5)
+        assert insert(model, ids, values, new[:0], [], batch_tokens).shape == (0, 16)
+
+    def test_rebinning_equals_binning_by_hand(self, model, cell):
+        """Lowering the highest gene moves it to the lowest bin, and the bins of other genes too."""
+        ids, values, log_values = cell
+        top = int(log_values.argmax())
+        changed = log_values.copy()
+        changed[top] = 0.01
+        bins = bin_values(changed)
+        assert bins[top] == 1 and (np.delete(bins, top) != np.delete(values[1:], top)).any()
+        out = rebinned(model, ids, log_values, [top + 1, 1, 2], [0.01, log_values[0], 0.0])
+        np.testing.assert_allclose(out[0], naive(model, ids, np.r_[-2, bins]), atol=1e-5)
+        np.testing.assert_allclose(out[1], naive(model, ids, values), atol=1e-5)  # its own value
+        without = naive(model, np.delete(ids, 2), np.r_[-2, bin_values(np.delete(log_values, 1))])
+        np.testing.assert_allclose(out[2], without, atol=1e-5)
+
+
+class TestPrototypesAndCounterfactuals:
+    def test_prototypes_by_hand(self):
+        activations = np.array([0, 3, 1, 0, 3, 2.0])
+        assert choose_prototypes(activations, 3).tolist() == [1, 4, 5]  # of equal ones the first
+        assert choose_prototypes(activations, 20).tolist() == [1, 4, 5, 2]  # never a silent cell
+        with pytest.raises(ValueError, match="none of these cells"):
+            choose_prototypes(np.zeros(4))
+
+    def test_counterfactuals_by_hand(self):
+        """On a line at 0, 1, 2, 10, 11; active are 0 and 10."""
+        x = np.array([[0.0], [1], [2], [10], [11]])
+        activations = np.array([5.0, 0, 0, 4, 0])
+        assert choose_counterfactuals(x, activations, np.array([0, 3]), 2).tolist() == [[1, 2], [4, 2]]
+        with pytest.raises(ValueError, match="only 3 cells leave the concept silent; 4"):
+            choose_counterfactuals(x, activations, np.array([0]), 4)
+
+
+class TestAttribute:
+    @pytest.mark.parametrize("absent", ["remove", "value"])
+    @pytest.mark.parametrize("mean", ["pooled", "matched"])
+    def test_equals_equation_one_done_naively(self, fed, model, relu_sae, mean, absent):
+        table = attribute(
+            fed, model, relu_sae, 4, n_prototypes=2, n_counterfactuals=3,
+            counterfactual_mean=mean, absent=absent, progress=False,
+        )  # fmt: skip
+        a = fed.obsm["X_scGPT"]
+        u = relu_sae.activations(a)[:, 4].toarray().ravel()
+        bins = fed.layers["bins"].toarray()
+        prototypes = np.argsort(-u)[:2]
+        silent = np.flatnonzero(u == 0)
+        nearest = [silent[np.linalg.norm(a[silent] - a[p], axis=1).argsort()[:3]] for p in prototypes]
+        assert table["cell"].unique().tolist() == fed.obs_names[prototypes].tolist()
+        for p, own in zip(prototypes, nearest):
+            means = bins[np.unique(nearest) if mean == "pooled" else own].mean(0)
+            part = table[table["cell"] == fed.obs_names[p]].set_index("gene")
+            assert set(part.index) == set(fed.var_names[bins[p] > 0])
+            for gene in part.index[::7]:
+                column = fed.var_names.get_loc(gene)
+                changed = bins[p].copy()
+                removed = means[column] < 1 and absent == "remove"
+                changed[column] = 0 if removed else means[column]
+                there = (bins[p] > 0) & ~(removed & (np.arange(len(changed)) == column))
+                ids = np.r_[model.vocab["<cls>"], token_ids(fed.var_names[there], model)]
+                after = relu_sae.encode(torch.from_numpy(naive(model, ids, np.r_[-2, changed[there]]))[None])[
+                    0, 4
+                ].item()
+                row = part.loc[gene]
+                assert row["change"] == ("remove" if removed else "value")
+                assert row["bin"] == bins[p, column] and row["counterfactual"] == pytest.approx(means[column], rel=1e-5)
+                assert row["activation"] == pytest.approx(u[p]) and row["occluded"] == pytest.approx(after, abs=1e-5)
+                assert row["attribution"] == pytest.approx((u[p] - after) / u[p], abs=1e-4)
+
+    def test_does_not_depend_on_the_size_of_batches(self, fed, model, relu_sae):
+        settings = {"n_prototypes": 2, "insertion": True, "progress": False}
+        one, other = (attribute(fed, model, relu_sae, 4, batch_tokens=n, **settings) for n in (8192, 60))
+        pd.testing.assert_frame_equal(one, other, atol=1e-4, check_exact=False)
+
+    def test_does_not_depend_on_the_order_of_genes(self, fed, cells, model, relu_sae):
+        shuffled = cells[:, np.random.default_rng(0).permutation(cells.n_vars)].copy()
+        embed(shuffled, model, progress=False)
+        for binning in ("frozen", "rebinned"):
+            one, other = (
+                attribute(x, model, relu_sae, 4, n_prototypes=2, binning=binning, progress=False)
+                .set_index(["cell", "gene"])["attribution"]
+                .sort_index()
+                for x in (fed, shuffled)
+            )
+            pd.testing.assert_series_equal(one, other, atol=1e-4, check_exact=False)
+
+    def test_insertion_adds_genes_that_only_counterfactuals_express(self, fed, model, relu_sae):
+        settings = {"n_prototypes": 1, "progress": False}
+        without = attribute(fed, model, relu_sae, 4, **settings)
+        table = attribute(fed, model, relu_sae, 4, insertion=True, **settings)
+        added = table[table["change"] == "insert"]
+        pd.testing.assert_frame_equal(table[table["change"] != "insert"], without, check_dtype=False)
+        assert len(added) and (added["bin"] == 0).all() and (added["counterfactual"] >= 1).all()
+        assert not set(added["gene"]) & set(without["gene"])
+
+    def test_rebinned_uses_log_values_and_all_genes(self, fed, model, relu_sae):
+        table = attribute(fed, model, relu_sae, 4, n_prototypes=1, binning="rebinned", progress=False)
+        u = relu_sae.activations(fed.obsm["X_scGPT"])[:, 4].toarray().ravel()
+        p, silent = u.argmax(), np.flatnonzero(u == 0)
+        a, X = fed.obsm["X_scGPT"], fed.X.toarray()
+        means = X[silent[np.linalg.norm(a[silent] - a[p], axis=1).argsort()[:5]]].mean(0)
+        for _, row in table.iloc[::9].iterrows():
+            changed = X[p].copy()
+            changed[fed.var_names.get_loc(row["gene"])] = means[fed.var_names.get_loc(row["gene"])]
+            there = changed > 0
+            ids = np.r_[model.vocab["<cls>"], token_ids(fed.var_names[there], model)]
+            after = relu_sae.encode(torch.from_numpy(naive(model, ids, np.r_[-2, bin_values(changed[there])]))[None])
+            assert row["occluded"] == pytest.approx(after[0, 4].item(), abs=1e-5)
+            assert row["change"] == ("value" if (changed > 0).sum() == (X[p] > 0).sum() else "remove")
+
+    def test_rebinned_of_a_truncated_cell_bins_its_whole_expression(self, cells):
+        """The bins of a long cell are those of all its genes, also of those that the model has no room for: with an
+        unchanged value the embedding has to be that of the cell."""
+        short = perturbed(ScGPTConfig(16, 2, 24, 2, max_seq_len=15), cells.var_names)
+        fed = embed(cells.copy(), short, progress=False)
+        row = int(fed.X.getnnz(axis=1).argmax())
+        assert fed.X[row].getnnz() > 14
+        part = module.occlude_cell(
+            fed, short, fed.layers["bins"], token_ids(fed.var_names, short), row,
+            fed.X[row].toarray().ravel(), AttributionConfig(binning="rebinned"), 8192,
+        )  # fmt: skip
+        assert len(part["gene"]) == 14
+        np.testing.assert_allclose(part["embedding"], np.tile(fed.obsm["X_scGPT"][row], (14, 1)), atol=1e-6)
+
+    def test_expression_may_be_dense(self, fed, model, relu_sae):
+        dense = fed.copy()
+        dense.X = fed.X.toarray()
+        for binning in ("frozen", "rebinned"):
+            one, other = (
+                attribute(x, model, relu_sae, 4, n_prototypes=1, binning=binning, progress=False) for x in (fed, dense)
+            )
+            pd.testing.assert_frame_equal(one, other, atol=1e-5, check_exact=False)
+
+    def test_several_concepts_and_the_settings(self, fed, model, relu_sae):
+        table = attribute(fed, model, relu_sae, [4, 7], n_prototypes=1, progress=False)
+        alone = attribute(fed, model, relu_sae, 7, n_prototypes=1, progress=False)
+        assert table["concept"].unique().tolist() == [4, 7]
+        pd.testing.assert_frame_equal(table[table["concept"] == 7].reset_index(drop=True), alone)
+        assert table.attrs["n_prototypes"] == 1 and table.attrs["binning"] == "frozen"
+        assert table.attrs["model"] == model.fingerprint() and table.attrs["n_genes_panel"] == fed.n_vars
+
+    def test_known_drivers_are_found(self, fed, model, monkeypatch):
+        """A model that reads two genes only: one drives the concept, the other holds it back."""
+        detected = np.asarray((fed.X > 0).mean(0)).ravel()
+        driver, brake = fed.var_names[abs(detected - 0.5).argmin()], fed.var_names[detected.argmax()]
+        first, second = model.vocab[driver], model.vocab[brake]
+
+        def tokens(ids, values):
+            x = torch.zeros(*ids.shape, 16)
+            x[..., 0] = values * (ids == first) / 50 - values * (ids == second) / 200
+            return x
+
+        def encode(x, keep=None, only_cls=True):
+            total = x if keep is None else x * keep[..., None]
+            out = total.sum(1)
+            out[:, 1] = 1.0
+            return out
+
+        monkeypatch.setattr(type(model), "tokens", lambda self, ids, values: tokens(ids, values))
+        monkeypatch.setattr(type(model), "encode", lambda self, *a, **k: encode(*a, **k))
+        known = embed(fed.copy(), model, progress=False)
+        sae = SAE(SAEConfig(n_concepts=2), 16).requires_grad_(False)
+        sae.W_e.zero_()
+        sae.W_e[0, 0], sae.W_e[1, 1] = 1, 1
+        sae.b_e[1] = -1.01  # never active
+        u = sae.activations(known.obsm["X_scGPT"])[:, 0].toarray().ravel()
+        assert 0 < (u > 0).sum() < len(u)
+        table = attribute(known, model, sae, 0, n_prototypes=5, absent="value", insertion=True, progress=False)
+        summary = gene_summary(table, min_prototypes=3).loc[0]
+        assert summary.index[0] == driver and summary.loc[driver, "mean"] > 0.3 and summary.loc[driver, "selected"]
+        assert (table.loc[~table["gene"].isin([driver, brake]), "attribution"].abs() < 1e-6).all()
+        assert (table.loc[table["gene"] == driver, "attribution"] > 0).all()
+        assert (table.loc[(table["gene"] == brake) & (table["counterfactual"] < table["bin"]), "attribution"] < 0).all()
+
+
+class TestRefusals:
+    def test_cells_of_another_model(self, fed, model, relu_sae):
+        with pytest.raises(ValueError, match="embedded with another model"):
+            attribute(fed, model.random_like(), relu_sae, 4, progress=False)
+
+    def test_cells_that_are_not_embedded(self, cells, model, relu_sae):
+        bare = cells.copy()
+        for key in list(bare.layers):
+            del bare.layers[key]
+        with pytest.raises(ValueError, match="run scsae_utils.embed"):
+            attribute(bare, model, relu_sae, 4, progress=False)
+
+    def test_genes_left_out_since(self, fed, model):
+        """The embedding would be that of more genes than are occluded."""
+        with pytest.raises(ValueError, match="genes were left out after the cells were embedded"):
+            check_embedded(fed[:, :40].copy(), model)
+
+    @pytest.mark.parametrize("concept", [-1, 12, [4, 99]])
+    def test_concepts_that_are_not_there(self, fed, model, relu_sae, concept):
+        with pytest.raises(ValueError, match="concepts must be 0 to 11"):
+            attribute(fed, model, relu_sae, concept, progress=False)
+
+    @pytest.mark.parametrize(
+        "settings, message",
+        [
+            ({"binning": "loose"}, "binning must be one of frozen, rebinned"),
+            ({"absent": "keep"}, "absent must be one of"),
+            ({"counterfactual_mean": "all"}, "counterfactual_mean must be one of"),
+            ({"n_prototypes": 0}, "at least 1"),
+            ({"insertion": True, "binning": "rebinned"}, "insertion needs binning='frozen'"),
+        ],
+    )
+    def test_settings_that_cannot_be(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            AttributionConfig(**settings)
+
+    def test_config_and_fields_together(self, fed, model, relu_sae):
+        with pytest.raises(ValueError, match="not both"):
+            attribute(fed, model, relu_sae, 4, AttributionConfig(), absent="value")
+
+    def test_defaults_are_the_papers(self):
+        config = AttributionConfig()
+        assert (config.n_prototypes, config.counterfactual_mean, config.binning) == (20, "pooled", "frozen")
+
+
+class TestSummary:
+    def test_by_hand(self):
+        """Gene A in 2 of 4 prototypes: 0.2 and 0.4. Its mean over the four is 0.15, of squares 0.05."""
+        table = pd.DataFrame(
+            {"concept": 3, "cell": list("wxyz") + list("wx"), "gene": list("BBBBAA"),
+             "attribution": [0.0, 0.04, -0.06, 0.02, 0.2, 0.4]}
+        )  # fmt: skip
+        out = gene_summary(table, threshold=0.05, min_prototypes=2)
+        assert out.index.tolist() == [(3, "A"), (3, "B")]  # most positive first
+        a, b = out.loc[(3, "A")], out.loc[(3, "B")]
+        assert (a["mean"], a["std"]) == pytest.approx((0.15, (0.05 - 0.15**2) ** 0.5))
+        assert (a["n_prototypes"], a["n_above"], a["selected"]) == (2, 2, True)
+        assert b["mean"] == pytest.approx(0) and (b["n_prototypes"], b["n_above"], b["selected"]) == (4, 1, False)
+
+    def test_the_papers_rule(self):
+        """|l| > 0.05 in at least 5 of 20 prototypes: either sign, and 0.05 itself does not count."""
+        rows = []
+        for gene, hits, value in [("five", 5, -0.051), ("four", 4, 0.9), ("equal", 20, 0.05)]:
+            rows += [("c", f"cell{i}", gene, value if i < hits else 0.0) for i in range(20)]
+        table = pd.DataFrame(rows, columns=["concept", "cell", "gene", "attribution"])
+        selected = gene_summary(table)["selected"]
+        assert selected[("c", "five")] and not selected[("c", "four")] and not selected[("c", "equal")]
+
+    def test_concepts_do_not_mix(self, fed, model, relu_sae):
+        both = attribute(fed, model, relu_sae, [4, 7], n_prototypes=2, progress=False)
+        pd.testing.assert_frame_equal(
+            gene_summary(both).loc[[7]], gene_summary(both[both["concept"] == 7]), check_exact=False
+        )
+
+
+class TestDeletion:
+    def test_starts_at_one_and_equals_removal_by_hand(self, fed, model, relu_sae):
+        rows = choose_prototypes(relu_sae.activations(fed.obsm["X_scGPT"])[:, 4].toarray().ravel(), 3)
+        genes = fed.var_names[::5].tolist()
+        curves = deletion_curves(fed, model, relu_sae, 4, rows, {"a": genes, "b": genes[::-1]}, 4, progress=False)
+        assert (curves.loc[curves["n_removed"] == 0, "activation"] == 1).all()
+        assert sorted(curves["n_removed"].unique()) == [0, 4, 8, 12, 16] and len(genes) == 16
+        assert len(curves) == 2 * 5 * 3
+        ends = curves[curves["n_removed"] == 16].set_index(["order", "cell"])["activation"]
+        np.testing.assert_allclose(ends["a"], ends["b"], atol=1e-4)  # at the end the same genes are gone
+        for row in rows:
+            ids, values = cell_tokens(fed.layers["bins"][row], token_ids(fed.var_names, model), model)[0]
+            stays = ~np.isin(ids, [model.vocab[g] for g in genes[:8]])
+            both = np.stack([naive(model, ids, values), naive(model, ids[stays], values[stays])])
+            u = relu_sae.encode(torch.from_numpy(both))[:, 4]
+            at = (curves["order"] == "a") & (curves["n_removed"] == 8) & (curves["cell"] == fed.obs_names[row])
+            assert curves.loc[at, "activation"].item() == pytest.approx((u[1] / u[0]).item(), abs=1e-4)
+
+    def test_all_genes_can_be_removed(self, fed, model, relu_sae):
+        row = choose_prototypes(relu_sae.activations(fed.obsm["X_scGPT"])[:, 4].toarray().ravel(), 1)
+        curves = deletion_curves(fed, model, relu_sae, 4, row, {"all": list(fed.var_names)}, 2, progress=False)
+        assert np.isfinite(curves["activation"]).all() and curves["n_removed"].max() == fed.n_vars
+
+    def test_refusals(self, fed, model, relu_sae):
+        u = relu_sae.activations(fed.obsm["X_scGPT"])[:, 4].toarray().ravel()
+        gene = fed.var_names[0]
+        with pytest.raises(ValueError, match=f"not among the genes of these cells; did you mean .*{gene}"):
+            deletion_curves(fed, model, relu_sae, 4, [u.argmax()], {"a": [gene.lower()]}, progress=False)
+        with pytest.raises(ValueError, match=f"silent in {fed.obs_names[u.argmin()]}"):
+            deletion_curves(fed, model, relu_sae, 4, [u.argmax(), u.argmin()], {"a": [gene]}, progress=False)
+
+
+class TestConceptsOfGene:
+    def test_equals_embedding_the_cells_without_the_gene(self, fed, model, relu_sae):
+        gene = fed.var_names[10]
+        share = concepts_of_gene(fed, model, relu_sae, gene, progress=False)
+        rest = fed[:, fed.var_names != gene].copy()
+        keep = np.delete(fed.layers["bins"].toarray(), 10, axis=1)
+        tokens = cell_tokens(module.sparse.csr_matrix(keep), token_ids(rest.var_names, model), model)
+        before = relu_sae.activations(fed.obsm["X_scGPT"]).sum(0).A1
+        after = relu_sae.activations(embed_tokens(tokens, model)).sum(0).A1
+        np.testing.assert_allclose(share, (before - after) / before, atol=1e-4)
+        assert share.name == gene and share.index[3] == "concept_3" and share.abs().max() > 1e-3
+
+    def test_refusals(self, fed, model, relu_sae):
+        gene = fed.var_names[10]
+        with pytest.raises(ValueError, match=f"did you mean .*'{gene}'"):
+            concepts_of_gene(fed, model, relu_sae, gene.lower(), progress=False)
+        without = fed.copy()
+        bins = without.layers["bins"].tolil()
+        bins[:, 10] = 0
+        without.layers["bins"] = bins.tocsr()
+        with pytest.raises(ValueError, match=f"no cell expresses '{gene}'"):
+            concepts_of_gene(without, model, relu_sae, gene, progress=False)
+
+
+def test_compare_occlusions(fed, model, relu_sae):
+    """One row for each option that is not chosen, each really another occlusion."""
+    table = compare_occlusions(fed, model, relu_sae, 4, AttributionConfig(n_counterfactuals=3), n_prototypes=2)
+    assert table.index.tolist() == ["as chosen", "absent: value", "binning: rebinned", "counterfactual_mean: matched"]
+    assert table.loc["as chosen", ["correlation", "top 10 shared"]].tolist() == pytest.approx([1, 1])
+    assert (table["correlation"].iloc[1:] < 0.99999).all()
+    alone = attribute(fed, model, relu_sae, 4, n_prototypes=2, n_counterfactuals=3, binning="rebinned", progress=False)
+    assert table.loc["binning: rebinned", "largest"] == pytest.approx(alone["attribution"].abs().max())
