@@ -114,8 +114,8 @@ def active_counts(concepts: AnnData, level: str) -> tuple[pd.DataFrame, pd.Serie
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
     types = concepts.obs[LEVELS[level]].astype("category").cat.remove_unused_categories()
-    member = sparse.csr_matrix(pd.get_dummies(types).to_numpy(np.float32))
-    counts = ((concepts.X > 0).astype(np.float32).T @ member).toarray()
+    member = sparse.csr_matrix(pd.get_dummies(types).to_numpy(float))  # 8 of 10 must not exceed 0.8
+    counts = ((concepts.X > 0).astype(float).T @ member).toarray()
     return pd.DataFrame(counts, index=concepts.var_names, columns=list(types.cat.categories)), types.value_counts()
 
 
