@@ -328,6 +328,12 @@ def gene_summary(attributions: pd.DataFrame, threshold: float = 0.05, min_protot
     return table.sort_values(["concept", "mean"], ascending=[True, False], kind="stable")
 
 
+def strongest_genes(summary: pd.DataFrame, n: int) -> list[str]:
+    """The ``n`` genes with the largest |mean| attribution of each concept of a :func:`gene_summary`, each named once."""
+    order = summary["mean"].abs().sort_values(ascending=False, kind="stable")
+    return list(dict.fromkeys(order.groupby("concept", sort=False).head(n).index.get_level_values("gene")))
+
+
 def deletion_curves(
     adata: AnnData,
     model: ScGPT,

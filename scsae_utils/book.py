@@ -160,6 +160,7 @@ def build(run: Path) -> Path:
     starts from nothing each time, since an incremental one forgets earlier warnings; warnings are errors. The last
     good book stays until the new one is whole.
     """
+    run = run.resolve()  # Jupyter Book reads a relative path of the contents as one inside the source
     chapters = [run / "notebooks" / f"{name}.ipynb" for name in SECTIONS]
     concepts = sorted((run / "notebooks" / "concepts").glob("concept_*.ipynb"), key=lambda p: int(p.stem.split("_")[1]))
     concepts = [path for path in concepts if not path.stem.endswith(".failed")]
@@ -185,19 +186,18 @@ def build(run: Path) -> Path:
             )
         (stage / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False))
         command = [
-            sys.executable,
-            "-m",
-            "jupyter_book.cli.main",
+            str(Path(sys.executable).with_name("jupyter-book")),
             "build",
             str(stage),
-            "--config",
-            str(ROOT / "_config.yml"),
+            "--toc",
+            str(stage / "_toc.yml"),
         ]
-        command += ["--toc", str(stage / "_toc.yml"), "--path-output", str(out), "-W", "--keep-going", "--quiet"]
+        command += ["--config", str(ROOT / "_config.yml"), "--path-output", str(out), "-W", "--keep-going", "--quiet"]
         result = subprocess.run(command, capture_output=True, text=True)
         html = out / "_build" / "html"
         if result.returncode or not (html / "index.html").is_file():
-            sys.exit(f"{result.stdout}\n{result.stderr}\nThe book was not rendered (warnings are errors); see above.")
+            found = [line for line in result.stderr.splitlines() if re.search(r"WARNING|ERROR|rror:", line)]
+            sys.exit("\n".join(found or [result.stderr]) + "\nThe book was not rendered: warnings are errors.")
         target, old = run / "book", Path(folder) / "old"
         if target.exists():
             target.rename(old)

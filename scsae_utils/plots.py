@@ -11,6 +11,7 @@ import seaborn as sns
 from anndata import AnnData
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from scipy.cluster.hierarchy import leaves_list, linkage
 
 from .cells import LEVELS, UNASSIGNED
 from .concepts import KINDS, kept, number, type_shares
@@ -355,10 +356,13 @@ def word_cloud(counts: pd.DataFrame, seed: int = 0) -> Figure:
         random_state=seed,
         prefer_horizontal=1,
     )
+    axes[0].axis("off")
+    if len(counts) == 0:
+        axes[0].text(0.5, 0.5, "no words", ha="center")
+        return fig
     axes[0].imshow(
         cloud.generate_from_frequencies(dict(zip(counts["word"], counts["count"]))), interpolation="bilinear"
     )
-    axes[0].axis("off")
     top = counts.nlargest(15, "count", keep="first").iloc[::-1]
     axes[1].barh(top["word"], top["count"], color="#0072B2", label="these genes")
     axes[1].plot(top["expected"], top["word"], "D", color="#D55E00", ms=5, label="expected of random genes")
@@ -406,39 +410,29 @@ def deletion(curves: pd.DataFrame) -> Figure:
     return fig
 
 
-def attribution_heatmap(means: pd.DataFrame, shares: pd.DataFrame, cluster: bool = True) -> Figure:
-    """Mean attribution (genes x concepts) under the share of cell types (concepts x types) (Fig. 3)."""
-    if cluster and means.shape[0] > 2:
-        from scipy.cluster.hierarchy import leaves_list, linkage
+def attribution_heatmap(means: pd.DataFrame, shares: pd.DataFrame, passed: pd.DataFrame | None = None) -> Figure:
+    """Mean attribution (genes x concepts) under the share of cell types (concepts x types) (Fig. 3).
 
-        means = means.iloc[leaves_list(linkage(means.fillna(0).to_numpy(), "average"))]
+    Genes are ordered by clustering; ``passed`` (genes x concepts, bool) puts a dot where a gene passes the rule.
+    """
+    if len(means) > 2:
+        means = means.iloc[leaves_list(linkage(means.to_numpy(), "average"))]
     width, height = 0.62 * means.shape[1] + 2.6, 0.2 * means.shape[0]
     fig, axes = plt.subplots(
         2, 1, figsize=(width, height + 2.6), sharex=True, layout="constrained", height_ratios=[1.6, max(height, 1)]
     )
     bottom = np.zeros(len(shares))
     for i, name in enumerate(shares.columns):
-        axes[0].bar(
-            np.arange(len(shares)) + 0.5,
-            shares[name],
-            bottom=bottom,
-            color=["#8C2D04", "#FDAE6B", GREY][i % 3],
-            label=name,
-            width=0.85,
-        )
+        color = ["#8C2D04", "#FDAE6B", GREY][i % 3]
+        axes[0].bar(np.arange(len(shares)) + 0.5, shares[name], bottom=bottom, color=color, label=name, width=0.85)
         bottom += shares[name].to_numpy()
     axes[0].set(ylabel="share of\nactive cells", ylim=(0, 1))
     axes[0].legend(frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
-    limit = max(float(np.nanmax(np.abs(means.to_numpy()))), 0.05)
+    limit = max(float(means.abs().max().max()), 0.05)
+    dots = None if passed is None else np.where(passed.loc[means.index], "•", "")
+    bar = {"label": "mean attribution", "shrink": 0.6}
     sns.heatmap(
-        means,
-        cmap="RdBu_r",
-        center=0,
-        vmin=-limit,
-        vmax=limit,
-        ax=axes[1],
-        yticklabels=True,
-        cbar_kws={"label": "mean attribution", "shrink": 0.6},
+        means, cmap="RdBu_r", vmin=-limit, vmax=limit, annot=dots, fmt="", ax=axes[1], yticklabels=True, cbar_kws=bar
     )
     axes[1].set(xlabel="concept", ylabel="")
     axes[1].set_xticks(np.arange(means.shape[1]) + 0.5, [str(number(c)) for c in means.columns], rotation=90)
