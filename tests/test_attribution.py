@@ -21,6 +21,7 @@ from scsae_utils.attribution import (
     insert,
     occlude,
     rebinned,
+    strongest_genes,
 )
 from scsae_utils.embedding import bin_values, cell_tokens, embed_tokens, token_ids
 from scsae_utils.sae import SAE, SAEConfig
@@ -359,6 +360,12 @@ class TestSummary:
         pd.testing.assert_frame_equal(
             gene_summary(both).loc[[7]], gene_summary(both[both["concept"] == 7]), check_exact=False
         )
+
+    def test_strongest_genes(self):
+        """Two for each concept by size, of either sign, each named once."""
+        means = {(1, "A"): 0.5, (1, "B"): -0.6, (1, "C"): 0.1, (2, "A"): 0.3, (2, "D"): 0.01, (2, "C"): -0.02}
+        summary = pd.DataFrame({"mean": pd.Series(means)}).rename_axis(["concept", "gene"])
+        assert strongest_genes(summary, 2) == ["B", "A", "C"]
 
 
 class TestDeletion:
