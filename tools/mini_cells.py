@@ -86,7 +86,9 @@ def alias_table(path: str | None) -> dict[str, set[str]]:
     try:
         from goatools.test_data.genes_NCBI_9606_ProteinCoding import GENEID2NT
 
-        groups += [(gene.Symbol, str(gene.Aliases).replace("'", "").strip("[]").split(", ")) for gene in GENEID2NT.values()]
+        groups += [
+            (gene.Symbol, str(gene.Aliases).replace("'", "").strip("[]").split(", ")) for gene in GENEID2NT.values()
+        ]
     except ImportError:
         pass
     if path:
