@@ -39,7 +39,7 @@ rule book:
     output:
         f"{RUN}/book/index.html",
     shell:
-        "python -m scsae_utils.book build --run {RUN}"
+        "python -m scsae_utils.book build --run {RUN} > /dev/null"
 
 
 rule embedding:

@@ -56,7 +56,7 @@ class AttributionConfig:
     """
 
     n_prototypes: int = 20
-    n_counterfactuals: int = 5
+    n_counterfactuals: int = 20
     counterfactual_mean: str = "pooled"
     binning: str = "frozen"
     absent: str = "remove"
@@ -94,7 +94,7 @@ def choose_prototypes(activations: np.ndarray, n: int = 20) -> np.ndarray:
 
 
 def choose_counterfactuals(
-    embeddings: np.ndarray, activations: np.ndarray, prototypes: np.ndarray, n: int = 5
+    embeddings: np.ndarray, activations: np.ndarray, prototypes: np.ndarray, n: int = 20
 ) -> np.ndarray:
     """For each prototype the rows of the ``n`` nearest cells (Euclidean) in which the concept is silent.
 
@@ -329,7 +329,7 @@ def gene_summary(attributions: pd.DataFrame, threshold: float = 0.05, min_protot
 
 
 def strongest_genes(summary: pd.DataFrame, n: int) -> list[str]:
-    """The ``n`` genes with the largest |mean| attribution of each concept of a :func:`gene_summary`, each named once."""
+    """The ``n`` genes with the largest |mean| attribution of each concept in a :func:`gene_summary`, named once."""
     order = summary["mean"].abs().sort_values(ascending=False, kind="stable")
     return list(dict.fromkeys(order.groupby("concept", sort=False).head(n).index.get_level_values("gene")))
 

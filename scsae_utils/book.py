@@ -27,8 +27,8 @@ SECTIONS = {  # notebook: section of the profile
 }
 
 
-def parameters(notebook: Path) -> dict[str, str]:
-    """Names of the parameters of a notebook, with the source of their defaults.
+def parameters(notebook: Path, tag: str = "parameters") -> dict[str, str]:
+    """Names of the parameters of a notebook, with the source of their values.
 
     Raises
     ------
@@ -36,9 +36,9 @@ def parameters(notebook: Path) -> dict[str, str]:
         If the notebook has no cell tagged ``parameters``: papermill would only warn, and use the notebook's values.
     """
     cells = json.loads(notebook.read_text())["cells"]
-    tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
+    tagged = [c for c in cells if tag in c.get("metadata", {}).get("tags", [])]
     if not tagged:
-        raise ValueError(f"{notebook} has no cell tagged 'parameters'")
+        raise ValueError(f"{notebook} has no cell tagged {tag!r}")
     tree = ast.parse("".join(tagged[0]["source"]))
     return {t.id: ast.unparse(node.value) for node in tree.body if isinstance(node, ast.Assign) for t in node.targets}
 
@@ -116,21 +116,22 @@ def execute(notebook: Path, output: Path, values: dict) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     failed = output.with_suffix(".failed.ipynb")
     failed.unlink(missing_ok=True)
-    print(f"executing {notebook.name}", file=sys.stderr)
+    sys.stderr.write(f"executing {notebook.name}\n")
     try:
         papermill.execute_notebook(
             notebook, failed, values, cwd=ROOT, progress_bar=sys.stderr.isatty(), log_output=False
         )
     except PapermillExecutionError as error:
         sys.exit(
-            f"\n{notebook.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\nThe notebook as far as it came: {failed}"
+            f"\n{notebook.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\n"
+            f"The notebook as far as it came: {failed}"
         )
     check_executed(failed)
     failed.replace(output)
 
 
 def check_executed(notebook: Path) -> None:
-    """Refuse a notebook in which a cell failed or that was never executed: Jupyter Book would publish it without a word."""
+    """Refuse a notebook in which a cell failed or that was never executed: Jupyter Book would publish it."""
     content = json.loads(notebook.read_text())
     run = content["metadata"].get("papermill", {})
     errors = [o for c in content["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
@@ -142,11 +143,15 @@ def check_executed(notebook: Path) -> None:
 
 
 def page(notebook: Path, title: str | None = None) -> dict:
-    """A notebook as a page: the cell that papermill injected is folded; ``title`` replaces the first heading."""
+    """A notebook as a page; ``title`` replaces the first heading.
+
+    The cell that papermill injected is folded, or left out if it says nothing new.
+    """
     content = json.loads(notebook.read_text())
+    new = set(parameters(notebook, "injected-parameters").items()) - set(parameters(notebook).items())
     for cell in content["cells"]:
         if "injected-parameters" in cell["metadata"].get("tags", []):
-            cell["metadata"]["tags"].append("hide-input")
+            cell["metadata"]["tags"].append("hide-input" if new else "remove-cell")
     if title:
         first = next(c for c in content["cells"] if c["cell_type"] == "markdown")
         first["source"] = re.sub(r"^# .*", f"# {title}", "".join(first["source"]), count=1)
@@ -242,12 +247,12 @@ def main(arguments: list[str] | None = None) -> None:
                 output = args.run / "notebooks" / "concepts" / f"concept_{args.concept}.ipynb"
             execute(ROOT / "notebooks" / f"{args.notebook}.ipynb", output, values)
         elif args.command == "build":
-            print(f"The book: {build(args.run) / 'index.html'}")
+            sys.stdout.write(f"The book: {build(args.run) / 'index.html'}\n")
         else:
             if args.concept and not args.concept.strip().isdigit():
                 raise ValueError(f"CONCEPT must be a whole number, not {args.concept!r}")
             concept = int(args.concept) if args.concept else None
-            print(resolve_concept(args.run, concept, args.gene or None, args.cell_type or None))
+            sys.stdout.write(f"{resolve_concept(args.run, concept, args.gene or None, args.cell_type or None)}\n")
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 

@@ -37,7 +37,7 @@ def compare_penalties(adata: AnnData, config: SAEConfig, min_frequency: float, p
 
 
 def types_found(concepts: AnnData, min_f1: float = 0.8, min_cells: int = 5) -> dict[str, float]:
-    """Cell types (of any level, once by name) that some concept finds: chosen on training cells, scored on held-out ones.
+    """Cell types (any level, once by name) that some concept finds: chosen on training cells, scored on held-out ones.
 
     For each type the concept with the best F1 on training cells is taken; the type counts as found if this concept's
     F1 on held-out cells exceeds ``min_f1``. Types with fewer than ``min_cells`` held-out cells are not asked for.

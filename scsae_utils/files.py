@@ -9,7 +9,7 @@ from anndata import AnnData
 
 
 def run_folder(run: str | Path) -> Path:
-    """The folder of a run; a relative path counts from the project's root, also in a notebook that was opened by hand."""
+    """The folder of a run; a relative path counts from the project's root, also in a notebook opened by hand."""
     run = Path(run)
     here = Path.cwd()
     root = next((p for p in [here, *here.parents] if (p / "notebooks").is_dir() and (p / "profiles").is_dir()), here)

@@ -34,7 +34,7 @@ def knn_transfer(X: np.ndarray, labels, X_new: np.ndarray, labels_new, k: int = 
 
 
 def principal_components(adata: AnnData, n: int = 50, fit_on=slice(None)) -> np.ndarray:
-    """(n_cells, n) principal components of the scaled log expression, fitted on the rows ``fit_on``: the usual embedding."""
+    """(n_cells, n) principal components of the scaled log expression, fitted on the rows ``fit_on``."""
     X = adata.X.toarray()
     scaler = StandardScaler().fit(X[fit_on])
     X = np.clip(scaler.transform(X), -10, 10)

@@ -1,4 +1,4 @@
-"""The notebooks: thin, parameterised, without outputs; their parameters stand in every profile, and nothing else does."""
+"""The notebooks: thin, parameterised, without outputs; every profile names their parameters and no others."""
 
 import ast
 import json
