@@ -233,6 +233,8 @@ LIMITS = [
     "species are outside of what it saw. It is there to try the method with; it does not replace scGPT whole-human.",
     "It knows {genes} genes, by symbols of about 2016 (aliases.json leads to them); other genes are ignored.",
     "Trained with views of up to 400 genes; longer cells work but were not seen in training.",
+    "It finds cell types about as well as principal components do, not better: by angle, components of the same study "
+    "are ahead by up to 0.03; across studies the model is ahead when types count equally.",
     "Close types (CD4 and CD8 T cells, kinds of CD4 T cells) are not well apart, here as in principal components.",
     "The embedding still holds study, panel and depth in part. Bring cells that are to be compared to the same genes.",
     "The decoders (decoder.*, mvc_decoder.*) predict bins; they were a means of training and are not calibrated.",
