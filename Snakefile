@@ -11,7 +11,7 @@ config.setdefault("profile", "profiles/mini.yaml")
 RUN = f"runs/{Path(config['profile']).stem}"
 P = load_profile(config["profile"])
 # The profile's path is filled in late: were it part of the rules' code, another path would rerun everything.
-EXECUTE = "export OMP_NUM_THREADS={threads}; python -m scsae_utils.book execute --profile {config[profile]} --run {RUN}"
+EXECUTE = "export OMP_NUM_THREADS={threads} NUMBA_NUM_THREADS={threads}; python -m scsae_utils.book execute --profile {config[profile]} --run {RUN}"
 PAGES = sorted(Path(RUN, "notebooks", "concepts").glob("concept_*[0-9].ipynb"))  # made by `make concept`
 
 

@@ -70,6 +70,11 @@ def load_profile(path: str | Path) -> dict[str, dict]:
             for p in sorted(given - wanted)
         ]
         problems += [f"{section}: parameter {p!r} is missing" for p in sorted(wanted - given)]
+        problems += [  # YAML takes a number such as 1e-6, without a point, for text
+            f"{section}: {p} is the text {v!r}; write the number with a point ({float(v):f} or 1.0e-6)"
+            for p, v in (profile.get(section) or {}).items()
+            if isinstance(v, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", v)
+        ]
     if problems:
         raise ValueError(f"the profile {path} does not fit the notebooks:\n  " + "\n  ".join(problems))
     return profile

@@ -270,6 +270,7 @@ def load_cells(
     study: str | None = None,
     n_top_genes: int | None = None,
     genes=None,
+    aliases: dict[str, str] | None = None,
 ) -> AnnData:
     """Load cells, checked and ready for :func:`scsae_utils.embed`.
 
@@ -287,6 +288,9 @@ def load_cells(
         Keep this many highly variable genes, chosen within each study and combined (paper: 2,000).
     genes
         Keep only these symbols (for instance ``model.genes``) before the variable genes are chosen.
+    aliases
+        Other symbol to the one to use (for instance ``model.aliases``): genes are renamed before ``genes`` are chosen,
+        unless the panel has the other symbol too or two genes would get one name.
 
     Returns
     -------
@@ -318,6 +322,8 @@ def load_cells(
             adata.obs[column] = adata.obs[below]
     for column in [*LEVELS.values(), "study"]:
         adata.obs[column] = pd.Categorical(adata.obs[column].astype(str))
+    if aliases:
+        adata.var_names = rename(adata.var_names, aliases)
     if genes is not None:
         known = adata.var_names.isin(list(genes))
         if known.sum() < 10:
@@ -335,6 +341,16 @@ def load_cells(
             log.warning("%d cells express none of the variable genes and were left out", empty.sum())
             adata = adata[~empty].copy()
     return adata
+
+
+def rename(symbols: pd.Index, aliases: dict[str, str]) -> pd.Index:
+    """Symbols by the names that ``aliases`` lead to; one that would then occur twice keeps its own."""
+    new = pd.Index([aliases.get(symbol, symbol) for symbol in symbols])
+    clash = new.isin(symbols) | new.duplicated(keep=False)
+    out = pd.Index(np.where(clash, symbols, new))
+    if (out != symbols).any():
+        log.warning("%d genes renamed to the symbols that the model knows", (out != symbols).sum())
+    return out
 
 
 def split_cells(adata: AnnData, share: float = 0.2, seed: int = 0) -> AnnData:

@@ -162,6 +162,8 @@ class ScGPT(nn.Module):
         What :func:`load_model` was given, so that a run can open the same model again.
     ignored
         Names of the tensors of the checkpoint that embedding does not need.
+    aliases
+        Other symbol to the vocabulary's symbol of the same gene, where the folder has them (``aliases.json``).
     card
         The model card as a dict, where the folder has one (``card.json``).
     """
@@ -175,6 +177,7 @@ class ScGPT(nn.Module):
             raise ValueError(f"the ids of the vocabulary are not 0 to {len(vocab) - 1}, each once")
         self.config, self.vocab = config, vocab
         self.name = ""
+        self.aliases: dict[str, str] = {}
         self.ignored: list[str] = []
         self.card: dict = {}
         self.encoder = GeneEncoder(len(vocab), config.embsize)
@@ -290,8 +293,9 @@ def load_model(name_or_folder: str | Path = "scgpt-mini") -> ScGPT:
     model.load_state_dict({k: tensors[k].float() for k in needed})
     model.name = str(name_or_folder)
     model.ignored = sorted(set(tensors) - set(needed))
-    if (folder / "card.json").is_file():
-        model.card = json.loads((folder / "card.json").read_text())
+    for name in ("card", "aliases"):
+        if (folder / f"{name}.json").is_file():
+            setattr(model, name, json.loads((folder / f"{name}.json").read_text()))
     return model.eval().requires_grad_(False)
 
 

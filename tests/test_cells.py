@@ -19,6 +19,7 @@ from scsae_utils.cells import (
     check_values,
     label_by_markers,
     load_cells,
+    rename,
     split_cells,
     type_table,
 )
@@ -349,3 +350,10 @@ class TestSplit:
 
 def test_every_packaged_source_is_described_by_its_name():
     assert set(SOURCES) == {"mini", "pbmc68k", "celltypist"}
+
+
+def test_other_symbols_of_a_gene_are_renamed_unless_two_genes_would_share_a_name():
+    aliases = {"JCHAIN": "IGJ", "NEW": "OLD", "A1": "A", "A2": "A"}
+    assert list(rename(pd.Index(["JCHAIN", "LYZ"]), aliases)) == ["IGJ", "LYZ"]
+    assert list(rename(pd.Index(["NEW", "OLD"]), aliases)) == ["NEW", "OLD"]
+    assert list(rename(pd.Index(["A1", "A2"]), aliases)) == ["A1", "A2"]
