@@ -4,8 +4,8 @@ PYTHON ?= python3
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 RUN = runs/$(basename $(notdir $(PROFILE)))
 BIN = .venv/bin
-SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --cores $(CORES) --quiet rules progress \
-	--max-checksum-file-size 1000000000 --config profile=$(PROFILE)
+SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --config profile=$(PROFILE) --cores $(CORES) \
+	--quiet rules progress host reason --max-checksum-file-size 1000000000 --
 export MPLBACKEND = agg
 
 .PHONY: help book test concept lint clean
