@@ -6,7 +6,6 @@ RUN = runs/$(basename $(notdir $(PROFILE)))
 BIN = .venv/bin
 SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --config profile=$(PROFILE) --cores $(CORES) \
 	--quiet rules progress host reason --max-checksum-file-size 1000000000 --
-export MPLBACKEND = agg
 
 .PHONY: help book test concept lint clean
 

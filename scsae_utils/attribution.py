@@ -56,7 +56,7 @@ class AttributionConfig:
     """
 
     n_prototypes: int = 20
-    n_counterfactuals: int = 20
+    n_counterfactuals: int = 50
     counterfactual_mean: str = "pooled"
     binning: str = "frozen"
     absent: str = "remove"
@@ -94,7 +94,7 @@ def choose_prototypes(activations: np.ndarray, n: int = 20) -> np.ndarray:
 
 
 def choose_counterfactuals(
-    embeddings: np.ndarray, activations: np.ndarray, prototypes: np.ndarray, n: int = 20
+    embeddings: np.ndarray, activations: np.ndarray, prototypes: np.ndarray, n: int = 50
 ) -> np.ndarray:
     """For each prototype the rows of the ``n`` nearest cells (Euclidean) in which the concept is silent.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -121,6 +122,7 @@ def execute(notebook: Path, output: Path, values: dict) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     failed = output.with_suffix(".failed.ipynb")
     failed.unlink(missing_ok=True)
+    os.environ.pop("MPLBACKEND", None)  # another backend than the notebook's would swallow the figures
     sys.stderr.write(f"executing {notebook.name}\n")
     try:
         papermill.execute_notebook(

@@ -17,6 +17,7 @@ import pandas as pd
 import scanpy as sc
 from anndata import AnnData
 from scipy import sparse
+from sklearn.neighbors import NearestNeighbors
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +94,8 @@ def label_by_markers(
     variable = sc.pp.highly_variable_genes(adata, n_top_genes=min(2000, adata.n_vars), inplace=False)["highly_variable"]
     space = AnnData(adata.X[:, variable.to_numpy()])
     sc.pp.pca(space, n_comps=min(30, space.n_vars - 1, space.n_obs - 1), random_state=seed)
-    sc.pp.neighbors(space, n_neighbors=neighbors, knn=True, random_state=seed)
-    near = (space.obsp["distances"] > 0) + sparse.identity(adata.n_obs, format="csr")
-    near = sparse.diags(1 / near.sum(1).A1) @ near
+    X = space.obsm["X_pca"]
+    near = NearestNeighbors(n_neighbors=neighbors).fit(X).kneighbors_graph(X) / neighbors  # a cell is its own nearest
     scores = {}
     for cell_type, symbols in markers.items():
         found = [symbol for symbol in symbols if symbol in adata.var_names]

@@ -28,7 +28,7 @@ def snakemake(*arguments, profile=PROFILE):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "PATH": path, "MPLBACKEND": "agg"},
+        env={**os.environ, "PATH": path},
     )
 
 
