@@ -9,6 +9,7 @@ import pandas as pd
 import scanpy as sc
 from anndata import AnnData
 from scipy import sparse
+from sklearn.preprocessing import normalize
 
 from .cells import LEVELS, UNASSIGNED, near_misses
 
@@ -276,12 +277,13 @@ def one_of_each(concepts: AnnData, n: int = 4) -> list[int]:
 
 
 def choose_by_types(
-    concepts: AnnData, types: list[str], level: str = "mid", min_share: float = 0.8, n: int = 6
+    concepts: AnnData, types: list[str], level: str = "mid", min_share: float = 0.8, n: int = 6, max_cosine: float = 0.9
 ) -> list[int]:
     """Numbers of the ``n`` kept concepts with the largest summed activation whose active cells are of given types.
 
-    Together the types must make up at least ``min_share`` of a concept's active cells; the concepts are returned in
-    order of the share of the first type, highest first.
+    Together the types must make up at least ``min_share`` of a concept's active cells. A concept whose activations
+    have a cosine above ``max_cosine`` with those of one already chosen says the same again and is passed over. The
+    concepts are returned in order of the share of the first type, highest first.
 
     Raises
     ------
@@ -295,9 +297,15 @@ def choose_by_types(
     fitting = shares.index[shares[types].sum(axis=1) >= min_share]
     if len(fitting) == 0:
         raise ValueError(f"no concept has {min_share:.0%} of its active cells among {', '.join(types)}")
-    total = pd.Series(concepts[:, fitting].X.sum(axis=0).A1, index=fitting)
-    largest = total.nlargest(n, keep="first").index
-    return [number(name) for name in shares.loc[largest, types[0]].sort_values(ascending=False, kind="stable").index]
+    total = pd.Series(concepts[:, fitting].X.sum(axis=0).A1, index=fitting).sort_values(ascending=False, kind="stable")
+    U = normalize(concepts[:, total.index].X, axis=0)
+    cosine = (U.T @ U).toarray()
+    chosen: list[int] = []
+    for j in range(len(total)):
+        if len(chosen) < n and (cosine[j, chosen] <= max_cosine).all():
+            chosen.append(j)
+    shown = shares.loc[total.index[chosen], types[0]].sort_values(ascending=False, kind="stable")
+    return [number(name) for name in shown.index]
 
 
 def overlap(sets: dict[int, set[str]]) -> np.ndarray:

@@ -289,6 +289,11 @@ class TestChoosing:
         with pytest.raises(ValueError, match="no concept has 80% of its active cells among cm"):
             choose_by_types(five, ["cm"], "low")
 
+    def test_a_concept_that_says_the_same_again_is_passed_over(self):
+        concepts = make(["b"] * 3, [0, 1, 2], [1, 2], [0, 2])  # activations (1, 2, 3), (0, 1, 2), (1, 0, 2)
+        assert choose_by_types(concepts, ["b"]) == [0, 2]  # cosine with the first: 8 / sqrt(70) = 0.96 and 0.84
+        assert choose_by_types(concepts, ["b"], max_cosine=1.0) == [0, 1, 2]
+
     def test_overlap(self):
         assert overlap({1: {"a", "b"}, 2: {"b", "c"}, 3: set()}).tolist() == pytest.approx([1 / 3, 0, 0])
         assert overlap({1: {"a"}}).tolist() == [0]
