@@ -37,7 +37,7 @@ class AttributionConfig:
     n_prototypes
         Cells with the highest activation (paper: 20; 30 in the legend of Fig. 2e).
     n_counterfactuals
-        For each prototype, so many nearest cells in which the concept is silent.
+        For each prototype, at most so many nearest cells in which the concept is silent.
     counterfactual_mean
         ``"pooled"``: one mean for all prototypes, over the distinct counterfactual cells. ``"matched"``: each
         prototype has the mean of its own.
@@ -96,7 +96,7 @@ def choose_prototypes(activations: np.ndarray, n: int = 20) -> np.ndarray:
 def choose_counterfactuals(
     embeddings: np.ndarray, activations: np.ndarray, prototypes: np.ndarray, n: int = 50
 ) -> np.ndarray:
-    """For each prototype the rows of the ``n`` nearest cells (Euclidean) in which the concept is silent.
+    """For each prototype the rows of the at most ``n`` nearest cells (Euclidean) in which the concept is silent.
 
     Parameters
     ----------
@@ -105,16 +105,16 @@ def choose_counterfactuals(
 
     Returns
     -------
-    (n_prototypes, n) rows, nearest first.
+    (n_prototypes, at most n) rows, nearest first.
 
     Raises
     ------
     ValueError
-        If fewer than ``n`` cells leave the concept silent.
+        If no cell leaves the concept silent.
     """
     silent = np.flatnonzero(activations == 0)
-    if len(silent) < n:
-        raise ValueError(f"only {len(silent)} cells leave the concept silent; {n} counterfactuals are wanted")
+    if len(silent) == 0:
+        raise ValueError("every cell activates the concept, so it has no counterfactuals")
     distances = cdist(embeddings[prototypes], embeddings[silent])
     return silent[np.argsort(distances, axis=1, kind="stable")[:, :n]]
 

@@ -279,11 +279,12 @@ def one_of_each(concepts: AnnData, n: int = 4) -> list[int]:
 def choose_by_types(
     concepts: AnnData, types: list[str], level: str = "mid", min_share: float = 0.8, n: int = 6, max_cosine: float = 0.9
 ) -> list[int]:
-    """Numbers of the ``n`` kept concepts with the largest summed activation whose active cells are of given types.
+    """Numbers of ``n`` kept concepts whose active cells are of given types, the most active ones of each type in turn.
 
-    Together the types must make up at least ``min_share`` of a concept's active cells. A concept whose activations
-    have a cosine above ``max_cosine`` with those of one already chosen says the same again and is passed over. The
-    concepts are returned in order of the share of the first type, highest first.
+    Together the types must make up at least ``min_share`` of a concept's active cells; a concept counts for the type
+    that has most of them. One whose activations have a cosine above ``max_cosine`` with those of a concept already
+    chosen says the same again and is passed over. The concepts are returned in order of the share of the first type,
+    highest first.
 
     Raises
     ------
@@ -298,13 +299,15 @@ def choose_by_types(
     if len(fitting) == 0:
         raise ValueError(f"no concept has {min_share:.0%} of its active cells among {', '.join(types)}")
     total = pd.Series(concepts[:, fitting].X.sum(axis=0).A1, index=fitting).sort_values(ascending=False, kind="stable")
-    U = normalize(concepts[:, total.index].X, axis=0)
+    turn = total.groupby(shares.loc[total.index, types].idxmax(axis=1)).cumcount()  # 0 for each type's most active one
+    order = turn.sort_values(kind="stable").index
+    U = normalize(concepts[:, order].X, axis=0)
     cosine = (U.T @ U).toarray()
     chosen: list[int] = []
-    for j in range(len(total)):
+    for j in range(len(order)):
         if len(chosen) < n and (cosine[j, chosen] <= max_cosine).all():
             chosen.append(j)
-    shown = shares.loc[total.index[chosen], types[0]].sort_values(ascending=False, kind="stable")
+    shown = shares.loc[order[chosen], types[0]].sort_values(ascending=False, kind="stable")
     return [number(name) for name in shown.index]
 
 

@@ -371,16 +371,23 @@ def word_cloud(counts: pd.DataFrame, seed: int = 0) -> Figure:
     return fig
 
 
-def attribution_strip(attributions: pd.DataFrame, genes: list[str], threshold: float = 0.05) -> Figure:
-    """Attribution of each gene in each prototype (Fig. 2e); dotted: the paper's threshold."""
+def attribution_strip(attributions: pd.DataFrame, genes: list[str], threshold: float = 0.05, selected=None) -> Figure:
+    """Attribution of each gene in each prototype (Fig. 2e); dotted: the paper's threshold.
+
+    Genes that are not ``selected`` (all are by default) are grey.
+    """
     part = attributions[attributions["gene"].isin(genes)]
+    colors = {gene: "#0072B2" if selected is None or gene in set(selected) else "#7F7F7F" for gene in genes}
     fig, ax = plt.subplots(figsize=(max(4, 0.42 * len(genes) + 2), 4))
-    sns.boxplot(part, x="gene", y="attribution", order=genes, color="#E8EEF4", fliersize=0, ax=ax, linewidth=0.8)
-    sns.stripplot(part, x="gene", y="attribution", order=genes, color="#0072B2", size=3, alpha=0.7, ax=ax)
+    axis = {"x": "gene", "y": "attribution", "order": genes, "ax": ax}
+    sns.boxplot(part, color="#E8EEF4", fliersize=0, linewidth=0.8, **axis)
+    sns.stripplot(part, hue="gene", palette=colors, size=3, alpha=0.7, legend=False, **axis)
     for y in (-threshold, threshold):
         ax.axhline(y, color="#D55E00", lw=0.8, ls=":")
     ax.axhline(0, color="black", lw=0.6)
     ax.tick_params(axis="x", rotation=90)
+    for label in ax.get_xticklabels():
+        label.set_color(colors[label.get_text()])
     ax.set(xlabel="", ylabel="attribution (share of the activation)")
     return fig
 

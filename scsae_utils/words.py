@@ -93,34 +93,6 @@ def _some(names, n: int = 5) -> str:
     return ", ".join(map(str, names[:n])) + (", ..." if len(names) > n else "")
 
 
-def harmonise(symbols) -> np.ndarray:
-    """Replace old gene symbols by those of the gene table (``IGJ`` becomes ``JCHAIN``).
-
-    A symbol stays as it is if the table has it, if it is no alias or the alias of several genes, and if its new name
-    would occur twice in the list. So the result depends on the list: do not harmonise two panels one by one and then
-    intersect them (``LSMD1`` is now ``NAA38``, but an older panel can hold both names, for two genes). Intersect
-    panels by the names that they came with.
-
-    Parameters
-    ----------
-    symbols
-        (n,) gene symbols, each once.
-
-    Returns
-    -------
-    (n,) object array of symbols, in the same order, each once.
-
-    Raises
-    ------
-    ValueError
-        If the list is empty or a symbol occurs twice.
-    """
-    old = _symbols(symbols)
-    new = np.array([_alias_to_symbol().get(symbol, symbol) for symbol in old], dtype=object)
-    seen = Counter(new)
-    return np.where([seen[name] > 1 for name in new], old, new)
-
-
 def describe(symbols) -> pd.DataFrame:
     """NCBI's description of each gene.
 

@@ -142,8 +142,9 @@ class TestPrototypesAndCounterfactuals:
         x = np.array([[0.0], [1], [2], [10], [11]])
         activations = np.array([5.0, 0, 0, 4, 0])
         assert choose_counterfactuals(x, activations, np.array([0, 3]), 2).tolist() == [[1, 2], [4, 2]]
-        with pytest.raises(ValueError, match="only 3 cells leave the concept silent; 4"):
-            choose_counterfactuals(x, activations, np.array([0]), 4)
+        assert choose_counterfactuals(x, activations, np.array([0]), 9).tolist() == [[1, 2, 4]]  # there are no more
+        with pytest.raises(ValueError, match="every cell activates the concept"):
+            choose_counterfactuals(x, np.ones(5), np.array([0]), 2)
 
 
 class TestAttribute:

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy.stats import fisher_exact
 
-from scsae_utils.words import common_words, describe, gene_table, gene_words, harmonise, tokenise, word_counts
+from scsae_utils.words import common_words, describe, gene_table, gene_words, tokenise, word_counts
 
 
 @pytest.fixture
@@ -37,31 +37,23 @@ class TestGeneTable:
         assert gene_table().loc["PPBP", "name"] == "pro-platelet basic protein"
 
 
-class TestHarmonise:
-    def test_old_names_become_present_ones(self):
-        assert harmonise(["IGJ", "CD79A", "AMICA1"]).tolist() == ["JCHAIN", "CD79A", "JAML"]
+class TestOldNames:
+    @pytest.mark.parametrize("old, current", [("IGJ", "JCHAIN"), ("AMICA1", "JAML"), ("CD79A", "CD79A")])
+    def test_a_gene_is_described_under_its_present_name(self, old, current):
+        assert describe([old])["current"].tolist() == [current]
 
     def test_a_present_name_stays_although_it_is_also_an_alias(self):
         assert "NAT1" in gene_table().loc["SLC38A3", "aliases"].split("|")
-        assert harmonise(["NAT1"]).tolist() == ["NAT1"]
+        assert describe(["NAT1"])["current"].tolist() == ["NAT1"]
 
-    def test_an_alias_of_several_genes_stays(self):
+    def test_an_alias_of_several_genes_is_unknown(self):
         owners = gene_table()["aliases"].str.split("|").map(lambda aliases: "ARP3" in aliases)
         assert owners.sum() > 1
-        assert harmonise(["ARP3"]).tolist() == ["ARP3"]
-
-    def test_never_makes_duplicates(self):
-        assert harmonise(["IGJ", "JCHAIN"]).tolist() == ["IGJ", "JCHAIN"]
-        assert harmonise(["IGJ", "IGCJ"]).tolist() == ["IGJ", "IGCJ"]  # two old names of one gene
-        everything = [a for aliases in gene_table()["aliases"] for a in aliases.split("|") if a]
-        assert pd.Index(harmonise(pd.unique(np.array([*gene_table().index, *everything])))).is_unique
+        assert describe(["ARP3", "CD79A"])["current"].tolist() == ["", "CD79A"]
 
     def test_an_antisense_gene_is_not_its_neighbour(self):
         assert "HNRNPU-AS1" in gene_table().loc["HNRNPU", "aliases"].split("|")
-        assert harmonise(["HNRNPU-AS1"]).tolist() == ["HNRNPU-AS1"]
-
-    def test_unknown_names_stay(self):
-        assert harmonise(["RP11-782C8.1", "nan", "<script>"]).tolist() == ["RP11-782C8.1", "nan", "<script>"]
+        assert describe(["HNRNPU-AS1", "CD79A"])["current"].tolist() == ["", "CD79A"]
 
 
 class TestDescribe:
