@@ -107,7 +107,7 @@ def test_a_failed_notebook_stops_the_book_and_the_old_book_stays(run, tmp_path):
     [
         (["--concept", "100000"], "there is no concept 100000: the dictionary has 0 to 63"),
         (["--concept", "x"], "must be a whole number"),
-        (["--gene", "CD79Z"], "did you mean 'CD79A' or 'CD79B'"),
+        (["--gene", "CD79Z"], "did you mean 'CD79B' or 'CD79A'"),
         (["--cell-type", "CD19 B"], "did you mean 'CD19+ B'"),
         ([], "say which concept"),
     ],
