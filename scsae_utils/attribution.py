@@ -394,6 +394,12 @@ def deletion_curves(
     return table
 
 
+def loss_without(adata: AnnData, model: ScGPT, sae: SAE, concept: int, cells, genes: list[str]) -> float:
+    """Mean share of a concept's activation that the ``cells`` (rows) lose when ``genes`` are removed together."""
+    curve = deletion_curves(adata, model, sae, concept, cells, {"together": genes}, n_steps=1, progress=False)
+    return float(1 - curve.loc[curve["n_removed"] > 0, "activation"].mean())
+
+
 def concepts_of_gene(adata: AnnData, model: ScGPT, sae: SAE, gene: str, progress: bool = True) -> pd.Series:
     """How much of each concept's activation rests on one gene: its token is removed from every cell that has it.
 

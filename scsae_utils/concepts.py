@@ -183,12 +183,17 @@ def score_types(concepts: AnnData, main: pd.DataFrame) -> pd.DataFrame:
 def add_taxonomy(concepts: AnnData, threshold: float = 0.8) -> AnnData:
     """Put :func:`taxonomy` over all cells into ``var``, and beside it the held-out check.
 
-    ``f1_train`` and ``f1_held_out`` (with ``specificity_held_out``, ``sensitivity_held_out``, ``main_type_train``)
-    are of main types that were chosen on the training cells alone.
+    ``study_share`` is the largest share of one study among a concept's active cells: near 1, the concept may say where
+    a cell comes from. ``f1_train`` and ``f1_held_out`` (with ``specificity_held_out``, ``sensitivity_held_out``,
+    ``main_type_train``) are of main types that were chosen on the training cells alone.
     """
     concepts.var = concepts.var.drop(columns=concepts.var.columns.intersection(taxonomy_columns)).join(
         taxonomy(concepts, threshold)
     )
+    active = (concepts.X > 0).astype(np.float32)
+    studies = pd.get_dummies(concepts.obs["study"]).to_numpy(np.float32)
+    in_one = (active.T @ studies).max(axis=1)
+    concepts.var["study_share"] = in_one / np.maximum(active.getnnz(axis=0), 1)
     train = (concepts.obs["split"] == "train").to_numpy()
     chosen = taxonomy(concepts[train], threshold)
     held_out = score_types(concepts[~train], chosen)
@@ -199,7 +204,7 @@ def add_taxonomy(concepts: AnnData, threshold: float = 0.8) -> AnnData:
 
 
 taxonomy_columns = [
-    *("main_type", "level", "specificity", "sensitivity", "f1", "kind", "main_type_train", "f1_train"),
+    *("main_type", "level", "specificity", "sensitivity", "f1", "kind", "study_share", "main_type_train", "f1_train"),
     *("specificity_held_out", "sensitivity_held_out", "f1_held_out"),
 ]
 
@@ -267,9 +272,16 @@ def best_concept_for_type(concepts: AnnData, cell_type: str) -> int:
 
 
 def one_of_each(concepts: AnnData, n: int = 4) -> list[int]:
-    """Numbers of ``n`` kept concepts that show the kinds in turn: of each kind those with the highest F1 come first."""
+    """Numbers of ``n`` kept concepts that show the kinds in turn, the clearest first.
+
+    Clear are, of cell-type concepts, those with the highest F1, and of cross-cell-type ones those with the smallest
+    share of any high-level type (of concepts with 20 or more active cells, where there are some).
+    """
     var = kept(concepts).var.sort_values("f1", ascending=False)
     ranked = {kind: list(var.index[var["kind"] == kind]) for kind in KINDS}
+    cross = var.loc[ranked[KINDS[2]]]
+    cross = cross[cross["n_cells"] >= 20] if (cross["n_cells"] >= 20).any() else cross
+    ranked[KINDS[2]] = list(type_shares(concepts[:, cross.index], "high").max(axis=1).sort_values(kind="stable").index)
     chosen: list[int] = []
     while len(chosen) < n and any(ranked.values()):
         chosen += [number(names.pop(0)) for names in ranked.values() if names]

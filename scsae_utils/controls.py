@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
 
 from .cells import LEVELS, UNASSIGNED
@@ -17,7 +18,11 @@ from .scgpt import ScGPT
 
 
 def compare_penalties(adata: AnnData, config: SAEConfig, min_frequency: float, penalties) -> pd.DataFrame:
-    """The dictionary of ``config`` beside the paper's objective with several L1 weights, on held-out cells."""
+    """The dictionary of ``config`` beside the paper's objective with several L1 weights, on held-out cells.
+
+    And beside principal components of the training cells' embeddings: 10, 20 and as many as ``config.k``; a cell needs
+    all of them.
+    """
     held_out = (adata.obs["split"] == "validation").to_numpy()
     a = adata.obsm["X_scGPT"][held_out]
     rows = []
@@ -33,6 +38,14 @@ def compare_penalties(adata: AnnData, config: SAEConfig, min_frequency: float, p
                 "kept concepts": int(concept_data(adata, sae, min_frequency).var["kept"].sum()),
             }
         )
+    train = adata.obsm["X_scGPT"][~held_out]
+    for n in sorted({10, 20, config.k}):
+        if n < min(train.shape):
+            pca = PCA(n, random_state=0).fit(train)
+            explained = variance_explained(a, pca.inverse_transform(pca.transform(a)))
+            rows.append(
+                {"sae": "principal components", "variance explained (held out)": explained, "concepts per cell": n}
+            )
     return pd.DataFrame(rows)
 
 

@@ -11,6 +11,7 @@ import seaborn as sns
 from anndata import AnnData
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.cluster.hierarchy import leaves_list, linkage
 
 from .cells import LEVELS, UNASSIGNED
@@ -52,6 +53,14 @@ def palette(adata: AnnData, level: str = "low") -> dict[str, str]:
     return colors | {UNASSIGNED: GREY}  # the last one
 
 
+def legend_below(ax, title: str, columns: int = 3) -> None:
+    """A legend under the axes, where it covers no points and leaves figures narrow enough for a telephone."""
+    ax.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=columns, frameon=False, title=title, fontsize=9,
+        markerscale=2 if len(ax.collections) else 1,
+    )  # fmt: skip
+
+
 def umap_axes(ax, title: str = "") -> None:
     """A UMAP has no units: no ticks, only names of the axes."""
     ax.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2", title=title)
@@ -59,20 +68,14 @@ def umap_axes(ax, title: str = "") -> None:
 
 def umap_types(adata: AnnData, level: str = "mid", ax=None) -> Figure:
     """Cells in the UMAP of their embeddings, coloured by cell type (Figs. 4 and 5)."""
-    fig, ax = (ax.figure, ax) if ax is not None else plt.subplots(figsize=(7.5, 5))
+    fig, ax = (ax.figure, ax) if ax is not None else plt.subplots(figsize=(6.5, 4.8))
     colors, types, xy = palette(adata, level), adata.obs[LEVELS[level]].astype(str), adata.obsm["X_umap"]
     for cell_type, color in colors.items():
         rows = (types == cell_type).to_numpy()
         if rows.any():
             ax.scatter(*xy[rows].T, s=9, color=color, label=f"{cell_type} ({rows.sum()})", linewidths=0)
     umap_axes(ax)
-    ax.legend(
-        bbox_to_anchor=(1.01, 1),
-        loc="upper left",
-        frameon=False,
-        markerscale=2,
-        title=f"cell type, {level} level (cells)",
-    )
+    legend_below(ax, f"cell type, {level} level (cells)")
     return fig
 
 
@@ -97,7 +100,7 @@ def umap_studies(adata: AnnData) -> Figure:
             linewidths=0,
         )
     umap_axes(ax)
-    ax.legend(bbox_to_anchor=(1.01, 1), loc="upper left", frameon=False, markerscale=2, title="study (cells)")
+    legend_below(ax, "study (cells)")
     return fig
 
 
@@ -118,12 +121,17 @@ def cell_tokens_bars(adata: AnnData, cell: str, n: int = 40) -> Figure:
 
 
 def training_curves(history: pd.DataFrame) -> Figure:
-    """Loss, variance explained and concepts per cell over the epochs (training cells)."""
-    fig, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
-    for ax, column in zip(axes, ["loss", "variance_explained", "concepts_per_cell"]):
+    """Loss, variance explained and, where it changes, concepts per cell over the epochs (training cells)."""
+    columns = ["loss", "variance_explained", "concepts_per_cell"]
+    columns = [c for c in columns if len(history) < 2 or history[c].nunique() > 1]
+    fig, axes = plt.subplots(1, len(columns), figsize=(3.7 * len(columns), 3), layout="constrained", squeeze=False)
+    for ax, column in zip(axes[0], columns):
         ax.plot(history["epoch"], history[column], color="#0072B2")
         ax.set(xlabel="epoch", ylabel=column.replace("_", " "))
-    axes[0].set_yscale("log")
+        if column == "loss":
+            ax.set_yscale("log")
+        elif column == "variance_explained":
+            ax.set_ylim(min(0, history[column].quantile(0.05)), 1.02)
     return fig
 
 
@@ -205,27 +213,27 @@ def specificity_sensitivity(concepts: AnnData, threshold: float = 0.8) -> Figure
         xlim=(-0.03, 1.03),
         ylim=(-0.03, 1.03),
     )
-    ax.legend(frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left", title="kind (concepts)")
+    legend_below(ax, "kind (concepts)")
     return fig
 
 
 def concept_map(concepts: AnnData, xy: np.ndarray) -> Figure:
-    """Concepts in the UMAP (k, 2) of their vectors; size: frequency, colour: main type, opacity: share (Fig. 10)."""
+    """Concepts in the UMAP (k, 2) of their vectors; size: frequency, opacity: share of the main type (Fig. 10).
+
+    The colour is that of the high-level type to which the main type belongs: lower ones cannot be told apart.
+    """
     var = kept(concepts).var
-    colors = {t: c for level in LEVELS for t, c in palette(concepts, level).items()}
-    shown = var["main_type"].map(lambda t: colors.get(t, GREY))
-    fig, ax = plt.subplots(figsize=(8, 5.5))
-    ax.scatter(
-        *xy.T,
-        s=15 + 900 * var["frequency"],
-        c=list(shown),
-        alpha=var["specificity"].clip(0.15, 1).to_numpy(),
-        linewidths=0,
-    )
+    parents = {t: p for c in LEVELS.values() for t, p in concepts.obs[[c, "cell_type_high"]].astype(str).to_numpy()}
+    parent, colors = var["main_type"].map(lambda t: parents.get(t, UNASSIGNED)), palette(concepts, "high")
+    fig, ax = plt.subplots(figsize=(6.5, 4.8))
+    opacity = var["specificity"].clip(0.15, 1).to_numpy()
+    ax.scatter(*xy.T, s=15 + 700 * var["frequency"], c=list(parent.map(colors)), alpha=opacity, linewidths=0)
     umap_axes(ax)
-    for name, n in var["main_type"].value_counts().items():
-        ax.scatter([], [], color=colors.get(name, GREY), label=f"{name} ({n})")
-    ax.legend(frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left", title="main cell type (concepts)", fontsize=8)
+    for name, n in parent.value_counts().items():
+        ax.scatter([], [], s=40, color=colors[name], label=f"{name} ({n})")
+    for share in (0.01, 0.1, 0.5):
+        ax.scatter([], [], s=15 + 700 * share, facecolor="none", edgecolor="black", label=f"active in {share:.0%}")
+    legend_below(ax, "high-level type of the main type (concepts)")
     return fig
 
 
@@ -251,7 +259,12 @@ def concept_examples(concepts: AnnData, chosen: list[int], level: str = "low") -
     for (left, right), j in zip(axes, chosen):
         name = f"concept_{j}"
         row = concepts.var.loc[name]
-        umap_values(left, concepts.obsm["X_umap"], concepts[:, name].X.toarray().ravel(), f"concept {j}: {row['kind']}")
+        umap_values(
+            left,
+            concepts.obsm["X_umap"],
+            concepts[:, name].X.toarray().ravel(),
+            f"concept {j}: {row['kind']}, {row['main_type']}",
+        )
         shares = type_shares(concepts[:, name], level).iloc[0]
         shares = shares[shares > 0.01].sort_values()
         right.barh(shares.index, shares, color=[colors[t] for t in shares.index])
@@ -312,30 +325,34 @@ def prototypes_in_umap(concepts: AnnData, concept: int, prototypes, counterfactu
     return fig
 
 
-def volcano(table: pd.DataFrame, min_log2fc: float, max_padj: float, n_names: int = 14) -> Figure:
-    """Differential expression: log2 fold change against adjusted p-value, regulated genes coloured (Fig. 2c)."""
-    fig, ax = plt.subplots(figsize=(7, 4.8))
-    # genes never expressed in a group have no finite fold change worth drawing
+def volcano(table: pd.DataFrame, min_log2fc: float, max_padj: float, n_names: int = 7) -> Figure:
+    """Differential expression: log2 fold change against adjusted p-value, regulated genes coloured (Fig. 2c).
+
+    On each side the ``n_names`` most significant genes are named, where the name covers no other. Genes that are
+    never expressed in one of the groups have no finite fold change and are not drawn.
+    """
+    fig, ax = plt.subplots(figsize=(6.5, 4.6))
     table = table[~table["never"]]
     p = -np.log10(table["padj"].clip(lower=1e-300))
     for regulation, color in [("", GREY), ("down", "#0072B2"), ("up", "#D55E00")]:
         part = table["regulation"] == regulation
-        ax.scatter(
-            table.loc[part, "log2fc"],
-            p[part],
-            s=10,
-            color=color,
-            linewidths=0,
-            label=f"{regulation or 'not regulated'} ({part.sum()})",
-        )
-    regulated = table[table["regulation"].isin(["up", "down"])]
-    for gene in regulated.index[np.argsort(-p[regulated.index].to_numpy(), kind="stable")[:n_names]]:
-        ax.annotate(gene, (table.at[gene, "log2fc"], p[gene]), xytext=(2, 3), textcoords="offset points", fontsize=7.5)
+        label = f"{regulation or 'not regulated'} ({part.sum()})"
+        ax.scatter(table.loc[part, "log2fc"], p[part], s=10, color=color, linewidths=0, label=label)
     ax.axhline(-np.log10(max_padj), color="black", lw=0.6, ls=":")
     for x in (-min_log2fc, min_log2fc):
         ax.axvline(x, color="black", lw=0.6, ls=":")
     ax.set(xlabel="log2 fold change, prototypes / counterfactuals", ylabel="-log10 adjusted p-value")
-    ax.legend(frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left", title="regulation (genes)")
+    legend_below(ax, "regulation (genes)")
+    boxes = []
+    for regulation in ("up", "down"):
+        genes = p[table["regulation"] == regulation].sort_values(ascending=False, kind="stable").index[:n_names]
+        for gene in genes:
+            at = {"xytext": (2, 3), "textcoords": "offset points", "fontsize": 8}
+            name = ax.annotate(gene, (table.at[gene, "log2fc"], p[gene]), **at)
+            boxes.append(name.get_window_extent())
+            if any(boxes[-1].overlaps(box) for box in boxes[:-1]):
+                name.remove()
+                boxes.pop()
     return fig
 
 
@@ -355,6 +372,7 @@ def word_cloud(counts: pd.DataFrame, seed: int = 0) -> Figure:
         max_words=60,
         random_state=seed,
         prefer_horizontal=1,
+        relative_scaling=1,
     )
     axes[0].axis("off")
     if len(counts) == 0:
@@ -367,7 +385,8 @@ def word_cloud(counts: pd.DataFrame, seed: int = 0) -> Figure:
     axes[1].barh(top["word"], top["count"], color="#0072B2", label="these genes")
     axes[1].plot(top["expected"], top["word"], "D", color="#D55E00", ms=5, label="expected of random genes")
     axes[1].set(xlabel="genes with the word in their description")
-    axes[1].legend(frameon=False, loc="lower right")
+    axes[1].legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2, fontsize=9)
+    axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
     return fig
 
 
@@ -392,7 +411,7 @@ def attribution_strip(attributions: pd.DataFrame, genes: list[str], threshold: f
     return fig
 
 
-def deletion(curves: pd.DataFrame) -> Figure:
+def deletion(curves: pd.DataFrame, what: str = "differentially expressed genes") -> Figure:
     """Activation while genes are removed, by order of removal; band: random orders, lowest to highest (Fig. 2f)."""
     fig, ax = plt.subplots(figsize=(6.5, 4))
     means = curves.groupby(["order", "n_removed"])["activation"].mean().unstack("order")
@@ -412,8 +431,9 @@ def deletion(curves: pd.DataFrame) -> Figure:
         line = means[order].dropna()
         ax.plot(line.index, line, color=color, marker="o", ms=3, label=order)
     ax.axhline(0, color="black", lw=0.6)
-    ax.set(xlabel="differentially expressed genes removed", ylabel="activation, relative to the whole cell")
-    ax.legend(frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
+    ax.set(xlabel=f"{what} removed", ylabel="activation, relative to the whole cell")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend_below(ax, "order of removal", columns=2)
     return fig
 
 
@@ -434,7 +454,7 @@ def attribution_heatmap(means: pd.DataFrame, shares: pd.DataFrame, passed: pd.Da
         axes[0].bar(np.arange(len(shares)) + 0.5, shares[name], bottom=bottom, color=color, label=name, width=0.85)
         bottom += shares[name].to_numpy()
     axes[0].set(ylabel="share of\nactive cells", ylim=(0, 1))
-    axes[0].legend(frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
+    axes[0].legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=3, fontsize=9)
     limit = max(float(means.abs().max().max()), 0.05)
     dots = None if passed is None else np.where(passed.loc[means.index], "•", "")
     bar = {"label": "mean attribution", "shrink": 0.6}
