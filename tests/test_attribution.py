@@ -19,6 +19,7 @@ from scsae_utils.attribution import (
     deletion_curves,
     gene_summary,
     insert,
+    loss_without,
     occlude,
     rebinned,
     strongest_genes,
@@ -386,6 +387,13 @@ class TestDeletion:
             u = relu_sae.encode(torch.from_numpy(both))[:, 4]
             at = (curves["order"] == "a") & (curves["n_removed"] == 8) & (curves["cell"] == fed.obs_names[row])
             assert curves.loc[at, "activation"].item() == pytest.approx((u[1] / u[0]).item(), abs=1e-4)
+
+    def test_loss_without_is_the_end_of_the_curve(self, fed, model, relu_sae):
+        rows = choose_prototypes(relu_sae.activations(fed.obsm["X_scGPT"])[:, 4].toarray().ravel(), 3)
+        genes = fed.var_names[::5].tolist()
+        curves = deletion_curves(fed, model, relu_sae, 4, rows, {"a": genes}, 4, progress=False)
+        end = curves.loc[curves["n_removed"] == 16, "activation"].mean()
+        assert loss_without(fed, model, relu_sae, 4, rows, genes) == pytest.approx(1 - end, abs=1e-6)
 
     def test_all_genes_can_be_removed(self, fed, model, relu_sae):
         row = choose_prototypes(relu_sae.activations(fed.obsm["X_scGPT"])[:, 4].toarray().ravel(), 1)

@@ -221,7 +221,9 @@ class TestHeldOut:
         """Training cells say b, the held-out ones say cm: the held-out score of b is zero."""
         types = ["b"] * 5 + ["cm"] * 5 + ["b"] * 5 + ["cm"] * 5
         concepts = make(types, [*range(5), *range(15, 20)], split=["train"] * 10 + ["validation"] * 10)
+        concepts.obs["study"] = ["one"] * 18 + ["two"] * 2
         row = add_taxonomy(concepts).var.iloc[0]
+        assert row["study_share"] == 0.8  # 8 of the 10 active cells
         assert (row["main_type_train"], row["f1_train"], row["f1_held_out"]) == ("b", 1, 0)
         assert row["specificity"] == 0.5 and row["kind"] == "cross-cell-type"  # over all cells
 
