@@ -53,12 +53,10 @@ def palette(adata: AnnData, level: str = "low") -> dict[str, str]:
     return colors | {UNASSIGNED: GREY}  # the last one
 
 
-def legend_below(ax, title: str, columns: int = 3) -> None:
+def legend_below(ax, title: str, columns: int = 3, markerscale: float = 1) -> None:
     """A legend under the axes, where it covers no points and leaves figures narrow enough for a telephone."""
-    ax.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=columns, frameon=False, title=title, fontsize=9,
-        markerscale=2 if len(ax.collections) else 1,
-    )  # fmt: skip
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncol": columns}
+    ax.legend(**below, frameon=False, title=title, fontsize=9, title_fontsize=10, markerscale=markerscale)
 
 
 def umap_axes(ax, title: str = "") -> None:
@@ -75,7 +73,7 @@ def umap_types(adata: AnnData, level: str = "mid", ax=None) -> Figure:
         if rows.any():
             ax.scatter(*xy[rows].T, s=9, color=color, label=f"{cell_type} ({rows.sum()})", linewidths=0)
     umap_axes(ax)
-    legend_below(ax, f"cell type, {level} level (cells)")
+    legend_below(ax, f"cell type, {level} level (cells)", markerscale=2)
     return fig
 
 
@@ -100,7 +98,7 @@ def umap_studies(adata: AnnData) -> Figure:
             linewidths=0,
         )
     umap_axes(ax)
-    legend_below(ax, "study (cells)")
+    legend_below(ax, "study (cells)", markerscale=2)
     return fig
 
 
@@ -231,7 +229,7 @@ def concept_map(concepts: AnnData, xy: np.ndarray) -> Figure:
     umap_axes(ax)
     for name, n in parent.value_counts().items():
         ax.scatter([], [], s=40, color=colors[name], label=f"{name} ({n})")
-    for share in (0.01, 0.1, 0.5):
+    for share in (0.01, 0.1, 0.3):
         ax.scatter([], [], s=15 + 700 * share, facecolor="none", edgecolor="black", label=f"active in {share:.0%}")
     legend_below(ax, "high-level type of the main type (concepts)")
     return fig
