@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 LEVELS = {"low": "cell_type", "mid": "cell_type_mid", "high": "cell_type_high"}
 UNASSIGNED = "Unassigned"
+PLAIN = {"<": "‹", ">": "›", "`": "'"}  # labels of a file end up in pages of a book, and must not be markup there
 TARGET_SUM = 1e4  # counts per cell before the logarithm
 
 # Low-level label: (mid, high), in the words of the paper's Table 1 where it has them ("Myeloid" for its "Myeloblast").
@@ -238,10 +239,9 @@ def load_h5ad(
     log.warning("X of %s read as %s", path.name, "counts" if values == "counts" else "log1p values")
     X = sparse.csr_matrix(adata.X, dtype=np.float32)
     X.eliminate_zeros()
-    obs = pd.DataFrame(
-        {new: adata.obs[old].astype(object).fillna(UNASSIGNED).astype(str) for new, old in columns.items() if old},
-        index=adata.obs_names.astype(str),
-    )
+    labels = {new: adata.obs[old].astype(object).fillna(UNASSIGNED) for new, old in columns.items() if old}
+    obs = pd.DataFrame(labels).astype(str).replace(PLAIN, regex=True)
+    obs.index = adata.obs_names.astype(str).str.translate(str.maketrans(PLAIN))
     if not obs.index.is_unique:
         raise ValueError(f"{obs.index.duplicated().sum()} cell names occur more than once: make obs_names unique")
     adata = AnnData(X, obs=obs.assign(**({} if study else {"study": path.stem})))

@@ -202,6 +202,12 @@ class TestFiles:
         np.testing.assert_array_equal(adata.obs["n_counts"], X.sum(1))
         assert adata.obs["study"].tolist() == ["x", "y"] * 6 and adata.obs["cell_type"].tolist() == ["a", "b", "c"] * 4
 
+    def test_labels_cannot_be_markup_on_a_page(self, h5ad):
+        obs = {"label": ["<script>x</script>", "b", "`c`"] * 4}
+        adata = load_cells(h5ad(counts(), obs, names=[f"<b>{i}" for i in range(12)]), label="label")
+        assert adata.obs["cell_type"].tolist() == ["‹script›x‹/script›", "b", "'c'"] * 4
+        assert adata.obs_names[0] == "‹b›0"
+
     def test_log_values_stay(self, h5ad):
         X = np.log1p(counts() / 3)
         adata = load_cells(h5ad(X), label="label")
