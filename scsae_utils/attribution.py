@@ -276,7 +276,7 @@ def occlude_cell(adata, model, bins, ids, row, mean, config: AttributionConfig, 
         embedding = occlude(model, cell_ids, values, positions, means, remove, batch_tokens)
         change = np.where(remove, "remove", "value")
     before = values[1:]
-    if config.insertion and config.binning == "frozen":
+    if config.insertion:
         new = np.setdiff1d(np.flatnonzero((mean >= config.absent_below) & (ids >= 0)), columns)
         embedding = np.r_[embedding, insert(model, cell_ids, values, ids[new], mean[new], batch_tokens)]
         columns, before, means = np.r_[columns, new], np.r_[before, np.zeros(len(new))], np.r_[means, mean[new]]

@@ -43,7 +43,7 @@ def principal_components(adata: AnnData, n: int = 50, fit_on=slice(None)) -> np.
 
 
 def random_embedding(adata: AnnData, model: ScGPT, seed: int = 0) -> np.ndarray:
-    """(n_cells, d) embeddings of the same tokens by the same network before any training."""
+    """(n_cells, d) embeddings of the same tokens by the same architecture with random weights."""
     tokens = cell_tokens(adata.layers["bins"].tocsr(), token_ids(adata.var_names, model), model)
     return embed_tokens(tokens, model.random_like(seed))
 

@@ -224,7 +224,7 @@ class ScGPT(nn.Module):
         return F.normalize(self.encode(self.tokens(ids, values), keep).float(), dim=-1)
 
     def random_like(self, seed: int = 0) -> ScGPT:
-        """The same network with random weights, as before training: the null to compare with."""
+        """The same architecture with random weights: the null to compare with."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return ScGPT(self.config, self.vocab).eval().requires_grad_(False)
