@@ -83,22 +83,22 @@ def load_profile(path: str | Path) -> dict[str, dict]:
 
 def modules(name: str) -> list[str]:
     """Paths of the modules of this package that a notebook (or module) imports, directly or not: what it depends on."""
-    found: set[str] = set()
+    found: set[Path] = set()
     package = Path(__file__).parent
 
     def visit(source: str) -> None:
         source = re.sub(r"^if TYPE_CHECKING:.*\n(?:[ ]+.*\n)+", "", source, flags=re.M)
-        names = re.findall(r"^\s*from (?:scsae_utils)?\.?(\w*) import (.+)", source, re.M)
+        names = re.findall(r"^\s*from (?:scsae_utils)?\.{0,2}(\w*) import (.+)", source, re.M)
         names = [m or w for m, what in names for w in ([m] if m else re.findall(r"\w+", what))]
         for module in names:
-            path = package / f"{module}.py"
-            if module not in found and path.is_file():
-                found.add(module)
-                visit(path.read_text())
+            for path in [package / f"{module}.py", *sorted((package / module).glob("*.py"))]:
+                if path not in found and path.is_file():
+                    found.add(path)
+                    visit(path.read_text())
 
     cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
     visit("\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code"))
-    return [f"scsae_utils/{module}.py" for module in sorted(found)]
+    return [f"scsae_utils/{path.relative_to(package)}" for path in sorted(found)]
 
 
 def execute(notebook: Path, output: Path, values: dict) -> None:

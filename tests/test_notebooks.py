@@ -56,7 +56,7 @@ def test_profile_errors_name_what_is_wrong(tmp_path):
 
 def test_a_notebook_depends_on_the_modules_it_imports_and_on_no_others():
     embedding = book.modules("01_embedding")
-    assert {"scsae_utils/cells.py", "scsae_utils/scgpt.py", "scsae_utils/plots.py"} <= set(embedding)
+    assert {"scsae_utils/cells.py", "scsae_utils/scgpt.py", "scsae_utils/plots/cells.py"} <= set(embedding)
     assert not {"scsae_utils/sae.py", "scsae_utils/attribution.py", "scsae_utils/words.py"} & set(embedding)
     assert "scsae_utils/words.py" in book.modules("04_case_study")
     assert "scsae_utils/words.py" not in book.modules("05_myeloid_concepts")

@@ -18,7 +18,7 @@ from scsae_utils.attribution import (
     prototypes_and_counterfactuals,
 )
 from scsae_utils.cells import LEVELS, UNASSIGNED
-from scsae_utils.concepts import kept, number, type_shares
+from scsae_utils.concepts import KINDS, kept, number, type_shares
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +168,7 @@ class TestTaxonomy:
         ax = plots.specificity_sensitivity(concepts).axes[0]
         kinds = kept(concepts).var["kind"].value_counts()
         assert points(ax) == kept(concepts).n_vars
-        assert legend(ax) == [f"{kind} ({kinds.get(kind, 0)})" for kind in plots.KINDS]
+        assert legend(ax) == [f"{kind} ({kinds.get(kind, 0)})" for kind in KINDS]
         assert ax.get_xlabel() == "sensitivity, P(active | type)" and ax.get_ylabel() == "specificity, P(type | active)"
 
     def test_concept_map(self, concepts):

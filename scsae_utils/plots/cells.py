@@ -1,0 +1,65 @@
+"""Figures of cells and their embedding (chapter 1)."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+from anndata import AnnData
+from matplotlib.figure import Figure
+
+from ..cells import LEVELS
+from .style import OTHER_COLORS, legend_below, palette, umap_axes
+
+
+def umap_types(adata: AnnData, level: str = "mid", ax=None) -> Figure:
+    """Cells in the UMAP of their embeddings, coloured by cell type (Figs. 4 and 5)."""
+    fig, ax = (ax.figure, ax) if ax is not None else plt.subplots(figsize=(6.5, 4.8))
+    colors, types, xy = palette(adata, level), adata.obs[LEVELS[level]].astype(str), adata.obsm["X_umap"]
+    for cell_type, color in colors.items():
+        rows = (types == cell_type).to_numpy()
+        if rows.any():
+            ax.scatter(*xy[rows].T, s=9, color=color, label=f"{cell_type} ({rows.sum()})", linewidths=0)
+    umap_axes(ax)
+    legend_below(ax, f"cell type, {level} level (cells)", markerscale=2)
+    return fig
+
+
+def umap_values(ax, xy: np.ndarray, values: np.ndarray, title: str = "", label: str = "activation") -> None:
+    """Cells in the UMAP, coloured from dark blue (0) to yellow; high values are drawn on top."""
+    order = np.argsort(values, kind="stable")
+    points = ax.scatter(*xy[order].T, c=values[order], s=7, cmap="viridis", linewidths=0)
+    umap_axes(ax, title)
+    ax.figure.colorbar(points, ax=ax, label=label, shrink=0.8)
+
+
+def umap_studies(adata: AnnData) -> Figure:
+    """Cells in the UMAP, coloured by study: how much of the picture is biology and how much the laboratory."""
+    fig, ax = plt.subplots(figsize=(6.2, 4.5))
+    for i, study in enumerate(sorted(adata.obs["study"].astype(str).unique())):
+        rows = (adata.obs["study"] == study).to_numpy()
+        ax.scatter(
+            *adata.obsm["X_umap"][rows].T,
+            s=9,
+            color=OTHER_COLORS[i % len(OTHER_COLORS)],
+            label=f"{study} ({rows.sum()})",
+            linewidths=0,
+        )
+    umap_axes(ax)
+    legend_below(ax, "study (cells)", markerscale=2)
+    return fig
+
+
+def cell_tokens_bars(adata: AnnData, cell: str, n: int = 40) -> Figure:
+    """What the model is fed of one cell: its most expressed genes with their bins."""
+    bins = adata[cell].layers["bins"].toarray().ravel()
+    n = min(n, int((bins > 0).sum()))
+    top = np.argsort(-bins, kind="stable")[:n]
+    fig, ax = plt.subplots(figsize=(8, 3))
+    ax.bar(range(n), bins[top], color="#0072B2")
+    ax.set_xticks(range(n), adata.var_names[top], rotation=90, fontsize=8)
+    ax.set(
+        ylabel="bin (0 to 50)",
+        title=f"{cell}: {n} of {int((bins > 0).sum())} tokens, highest bins first",
+        xlim=(-0.7, n - 0.3),
+    )
+    return fig
