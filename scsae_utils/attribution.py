@@ -23,9 +23,9 @@ from scipy.spatial.distance import cdist
 from tqdm.auto import tqdm
 
 from .cells import near_misses
-from .embedding import BATCH_TOKENS, bin_values, cell_tokens, embed_tokens, token_ids
+from .embedding import BATCH_TOKENS, cell_tokens, embed_tokens, token_ids
+from .encoder import CellEncoder
 from .sae import SAE
-from .scgpt import ScGPT
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,9 @@ def choose_counterfactuals(
 
 
 @torch.inference_mode()
-def occlude(model: ScGPT, ids, values, positions, new_values, remove, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
+def occlude(
+    model: CellEncoder, ids, values, positions, new_values, remove, batch_tokens: int = BATCH_TOKENS
+) -> np.ndarray:
     """Embeddings of one cell with one token changed at a time.
 
     Parameters
@@ -161,7 +163,7 @@ def occlude(model: ScGPT, ids, values, positions, new_values, remove, batch_toke
 
 
 @torch.inference_mode()
-def insert(model: ScGPT, ids, values, new_ids, new_values, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
+def insert(model: CellEncoder, ids, values, new_ids, new_values, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
     """Embeddings (M, d) of one cell (N tokens) with one token added at a time: ids and values (M,)."""
     x = model.tokens(torch.as_tensor(ids)[None], torch.as_tensor(values)[None])
     new = model.tokens(torch.as_tensor(new_ids)[:, None], torch.as_tensor(new_values, dtype=torch.float32)[:, None])
@@ -170,7 +172,7 @@ def insert(model: ScGPT, ids, values, new_ids, new_values, batch_tokens: int = B
     return F.normalize(torch.cat(parts), dim=-1).numpy() if parts else np.empty((0, model.dim), np.float32)
 
 
-def rebinned(model: ScGPT, ids, log_values, positions, means, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
+def rebinned(model: CellEncoder, ids, log_values, positions, means, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
     """Embeddings (M, d) of one cell with one gene's log value replaced and the whole cell binned anew.
 
     ``ids`` (N,) start with ``<cls>``; ``log_values`` (N - 1,) are those of all genes of the cell, also of those that
@@ -180,13 +182,13 @@ def rebinned(model: ScGPT, ids, log_values, positions, means, batch_tokens: int 
     for row, position, mean in zip(bins, positions, means):
         new = log_values.copy()
         new[position - 1] = mean
-        row[new > 0] = bin_values(new[new > 0], model.config.n_bins)
+        row[new > 0] = model.input_values(new[new > 0])
     return embed_tokens(cell_tokens(sparse.csr_matrix(bins), ids[1:], model), model, batch_tokens)
 
 
 def attribute(
     adata: AnnData,
-    model: ScGPT,
+    model: CellEncoder,
     sae: SAE,
     concepts,
     config: AttributionConfig | None = None,
@@ -291,7 +293,7 @@ def prototypes_and_counterfactuals(embeddings, activations, config: AttributionC
     return prototypes, choose_counterfactuals(embeddings, activations, prototypes, config.n_counterfactuals)
 
 
-def check_embedded(adata: AnnData, model: ScGPT, key: str = "X_scGPT") -> None:
+def check_embedded(adata: AnnData, model: CellEncoder, key: str = "X_scGPT") -> None:
     """Raise ValueError unless ``adata`` was embedded with this very model."""
     if key not in adata.obsm or "bins" not in adata.layers or "scgpt" not in adata.uns:
         raise ValueError("the cells are not embedded: run scsae_utils.embed(adata, model) first")
@@ -336,7 +338,7 @@ def strongest_genes(summary: pd.DataFrame, n: int) -> list[str]:
 
 def deletion_curves(
     adata: AnnData,
-    model: ScGPT,
+    model: CellEncoder,
     sae: SAE,
     concept: int,
     cells,
@@ -394,13 +396,13 @@ def deletion_curves(
     return table
 
 
-def loss_without(adata: AnnData, model: ScGPT, sae: SAE, concept: int, cells, genes: list[str]) -> float:
+def loss_without(adata: AnnData, model: CellEncoder, sae: SAE, concept: int, cells, genes: list[str]) -> float:
     """Mean share of a concept's activation that the ``cells`` (rows) lose when ``genes`` are removed together."""
     curve = deletion_curves(adata, model, sae, concept, cells, {"together": genes}, n_steps=1, progress=False)
     return float(1 - curve.loc[curve["n_removed"] > 0, "activation"].mean())
 
 
-def concepts_of_gene(adata: AnnData, model: ScGPT, sae: SAE, gene: str, progress: bool = True) -> pd.Series:
+def concepts_of_gene(adata: AnnData, model: CellEncoder, sae: SAE, gene: str, progress: bool = True) -> pd.Series:
     """How much of each concept's activation rests on one gene: its token is removed from every cell that has it.
 
     Returns
@@ -436,7 +438,7 @@ def concepts_of_gene(adata: AnnData, model: ScGPT, sae: SAE, gene: str, progress
 
 
 def compare_occlusions(
-    adata: AnnData, model: ScGPT, sae: SAE, concept: int, config: AttributionConfig, n_prototypes: int = 5
+    adata: AnnData, model: CellEncoder, sae: SAE, concept: int, config: AttributionConfig, n_prototypes: int = 5
 ) -> pd.DataFrame:
     """Do other ways of occlusion give the same genes? Each option of ``config`` is changed, one at a time.
 

@@ -9,46 +9,17 @@ from anndata import AnnData
 from scipy import sparse
 from tqdm.auto import tqdm
 
-from .scgpt import ScGPT
+from .encoder import CellEncoder
 
 BATCH_TOKENS = 8192  # larger batches are slower on a CPU: each layer's new memory has to be paged in
 
 
-def bin_values(values: np.ndarray, n_bins: int = 51, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Bin one cell's non-zero expression values by their own quantiles, as scGPT does.
-
-    The edges are ``n_bins - 1`` quantiles of the values; the smallest value gets bin 1, the largest ``n_bins - 1``.
-    Equal values can span several edges. scGPT then draws each one's bin at random; by default the expectation of
-    that draw is taken, so that a cell has one embedding and not a different one each time.
-
-    Parameters
-    ----------
-    values
-        (N,) values above zero, counts or any increasing function of them: the bins are the same.
-    n_bins
-        Number of bins, that of "not expressed" included.
-    rng
-        Draw the bins of ties at random with this generator, as scGPT does.
-
-    Returns
-    -------
-    (N,) float32 bins between 1 and ``n_bins - 1``.
-    """
-    if len(values) == 0:
-        return np.zeros(0, np.float32)
-    edges = np.quantile(values, np.linspace(0, 1, n_bins - 1))
-    upper, lower = np.searchsorted(edges, values, side="right"), np.searchsorted(edges, values, side="left")
-    if rng is not None:
-        return np.ceil(rng.random(len(values)) * (lower - upper) + upper).astype(np.float32)
-    return np.where(upper > lower, (lower + upper + 1) / 2, upper).astype(np.float32)
-
-
-def token_ids(symbols, model: ScGPT) -> np.ndarray:
+def token_ids(symbols, model: CellEncoder) -> np.ndarray:
     """(n_genes,) token id of each gene symbol, -1 where the model does not know it."""
     return np.array([model.vocab.get(symbol, -1) if not symbol.startswith("<") else -1 for symbol in symbols])
 
 
-def bin_cells(adata: AnnData, model: ScGPT, ties: str = "expected", seed: int = 0) -> sparse.csr_matrix:
+def bin_cells(adata: AnnData, model: CellEncoder, ties: str = "expected", seed: int = 0) -> sparse.csr_matrix:
     """Bin every cell over the genes that the model knows.
 
     Parameters
@@ -86,11 +57,11 @@ def bin_cells(adata: AnnData, model: ScGPT, ties: str = "expected", seed: int = 
             f"{len(empty)} cells express no gene that the model knows (first: {empty[0]}): remove them before embedding"
         )
     for start, end in zip(bins.indptr[:-1], bins.indptr[1:]):
-        bins.data[start:end] = bin_values(bins.data[start:end], model.config.n_bins, rng)
+        bins.data[start:end] = model.input_values(bins.data[start:end], rng)
     return bins
 
 
-def cell_tokens(bins: sparse.csr_matrix, ids: np.ndarray, model: ScGPT) -> list[tuple[np.ndarray, np.ndarray]]:
+def cell_tokens(bins: sparse.csr_matrix, ids: np.ndarray, model: CellEncoder) -> list[tuple[np.ndarray, np.ndarray]]:
     """Each cell's token ids and values, ``<cls>`` first; too long cells keep their highest bins.
 
     Parameters
@@ -104,26 +75,24 @@ def cell_tokens(bins: sparse.csr_matrix, ids: np.ndarray, model: ScGPT) -> list[
     -------
     One pair (ids (N,) int64, values (N,) float32) for each cell.
     """
-    cells, most = [], model.config.max_seq_len - 1
+    cells, most = [], model.max_tokens - 1
     for start, end in zip(bins.indptr[:-1], bins.indptr[1:]):
         columns, values = bins.indices[start:end], bins.data[start:end]
         if len(columns) > most:  # stable: among equal bins the first genes stay
             top = np.sort(np.argsort(-values, kind="stable")[:most])
             columns, values = columns[top], values[top]
-        cells.append(
-            (np.r_[model.vocab["<cls>"], ids[columns]], np.r_[model.config.pad_value, values].astype(np.float32))
-        )
+        cells.append((np.r_[model.cls[0], ids[columns]], np.r_[model.cls[1], values].astype(np.float32)))
     return cells
 
 
-def embed_tokens(cells, model: ScGPT, batch_tokens: int = BATCH_TOKENS, progress: bool = False) -> np.ndarray:
+def embed_tokens(cells, model: CellEncoder, batch_tokens: int = BATCH_TOKENS, progress: bool = False) -> np.ndarray:
     """Cell embeddings (n_cells, d) of token sequences, in batches of cells of similar length.
 
     A cell's embedding does not depend on its neighbours in the batch: padding is masked out of the attention.
     """
     lengths = np.array([len(ids) for ids, _ in cells])
     order = np.argsort(lengths, kind="stable")[::-1]  # longest first: memory is highest at once, not at the end
-    device = next(model.parameters()).device
+    device = model.device
     out = np.empty((len(cells), model.dim), np.float32)
     start = 0
     with (
@@ -133,8 +102,8 @@ def embed_tokens(cells, model: ScGPT, batch_tokens: int = BATCH_TOKENS, progress
         while start < len(order):
             longest = lengths[order[start]]
             batch = order[start : start + max(1, batch_tokens // longest)]
-            ids = np.full((len(batch), longest), model.vocab[model.config.pad_token], np.int64)
-            values = np.full((len(batch), longest), model.config.pad_value, np.float32)
+            ids = np.full((len(batch), longest), model.pad[0], np.int64)
+            values = np.full((len(batch), longest), model.pad[1], np.float32)
             for row, i in enumerate(batch):
                 ids[row, : lengths[i]], values[row, : lengths[i]] = cells[i]
             keep = None
@@ -150,7 +119,7 @@ def embed_tokens(cells, model: ScGPT, batch_tokens: int = BATCH_TOKENS, progress
 
 def embed(
     adata: AnnData,
-    model: ScGPT,
+    model: CellEncoder,
     ties: str = "expected",
     seed: int = 0,
     batch_tokens: int = BATCH_TOKENS,
@@ -196,7 +165,7 @@ def embed(
         "seed": seed,
         "n_genes": adata.n_vars,
         "n_genes_known": int((ids >= 0).sum()),
-        "n_truncated": int((np.diff(bins.indptr) >= model.config.max_seq_len).sum()),
+        "n_truncated": int((np.diff(bins.indptr) >= model.max_tokens).sum()),
     }
     return adata
 

@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from pickle import UnpicklingError
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -70,6 +71,35 @@ class ScGPTConfig:
         if config.embsize % config.nheads:
             raise ValueError(f"embsize {config.embsize} is not divisible by nheads {config.nheads}")
         return config
+
+
+def bin_values(values: np.ndarray, n_bins: int = 51, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Bin one cell's non-zero expression values by their own quantiles, as scGPT does.
+
+    The edges are ``n_bins - 1`` quantiles of the values; the smallest value gets bin 1, the largest ``n_bins - 1``.
+    Equal values can span several edges. scGPT then draws each one's bin at random; by default the expectation of
+    that draw is taken, so that a cell has one embedding and not a different one each time.
+
+    Parameters
+    ----------
+    values
+        (N,) values above zero, counts or any increasing function of them: the bins are the same.
+    n_bins
+        Number of bins, that of "not expressed" included.
+    rng
+        Draw the bins of ties at random with this generator, as scGPT does.
+
+    Returns
+    -------
+    (N,) float32 bins between 1 and ``n_bins - 1``.
+    """
+    if len(values) == 0:
+        return np.zeros(0, np.float32)
+    edges = np.quantile(values, np.linspace(0, 1, n_bins - 1))
+    upper, lower = np.searchsorted(edges, values, side="right"), np.searchsorted(edges, values, side="left")
+    if rng is not None:
+        return np.ceil(rng.random(len(values)) * (lower - upper) + upper).astype(np.float32)
+    return np.where(upper > lower, (lower + upper + 1) / 2, upper).astype(np.float32)
 
 
 class GeneEncoder(nn.Module):
@@ -193,6 +223,26 @@ class ScGPT(nn.Module):
         return self.config.embsize
 
     @property
+    def cls(self) -> tuple[int, float]:
+        """Token id and value of the token for the cell; ``embed_data`` gives it the value of padding."""
+        return self.vocab["<cls>"], self.config.pad_value
+
+    @property
+    def pad(self) -> tuple[int, float]:
+        """Token id and value of padding."""
+        return self.vocab[self.config.pad_token], self.config.pad_value
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a cell, ``<cls>`` included."""
+        return self.config.max_seq_len
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.encoder.embedding.weight.device
+
+    @property
     def genes(self) -> set[str]:
         """The gene symbols that the model knows."""
         return {symbol for symbol in self.vocab if not symbol.startswith("<")}
@@ -204,6 +254,10 @@ class ScGPT(nn.Module):
             digest.update(name.encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def input_values(self, expression: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        """Bins (N,) of one cell's expression (N,) above zero; see :func:`bin_values`."""
+        return bin_values(expression, self.config.n_bins, rng)
 
     def tokens(self, ids: Tensor, values: Tensor) -> Tensor:
         """Token embeddings (n, N, d) of gene ids and binned values, both (n, N)."""

@@ -24,9 +24,9 @@ from scsae_utils.attribution import (
     rebinned,
     strongest_genes,
 )
-from scsae_utils.embedding import bin_values, cell_tokens, embed_tokens, token_ids
+from scsae_utils.embedding import cell_tokens, embed_tokens, token_ids
 from scsae_utils.sae import SAE, SAEConfig
-from scsae_utils.scgpt import ScGPTConfig
+from scsae_utils.scgpt import ScGPTConfig, bin_values
 
 
 @pytest.fixture(scope="module")

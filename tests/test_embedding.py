@@ -6,8 +6,8 @@ from anndata import AnnData
 from conftest import perturbed
 from scipy import sparse
 
-from scsae_utils.embedding import bin_cells, bin_values, cell_tokens, embed, embed_tokens, token_ids
-from scsae_utils.scgpt import ScGPTConfig
+from scsae_utils.embedding import bin_cells, cell_tokens, embed, embed_tokens, token_ids
+from scsae_utils.scgpt import ScGPTConfig, bin_values
 
 GENES = [f"G{i}" for i in range(60)]
 

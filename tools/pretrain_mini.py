@@ -39,8 +39,7 @@ from scipy import sparse
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from scsae_utils.embedding import bin_values
-from scsae_utils.scgpt import ScGPT, ScGPTConfig, save_model
+from scsae_utils.scgpt import ScGPT, ScGPTConfig, bin_values, save_model
 
 SPECIAL = ("<pad>", "<cls>", "<eoc>")
 SETTINGS = {
