@@ -7,9 +7,9 @@ from pathlib import Path
 
 from anndata import AnnData
 
-from .attribution import concepts_of_gene
 from .cells import split_cells
 from .concepts import add_taxonomy, best_concept_for_type, check_concept, concept_data, kept, number
+from .curves import concepts_of_gene
 from .embedding import add_umap, embed
 from .files import read, run_folder
 from .sae import SAE, SAEConfig, load_sae, train_sae

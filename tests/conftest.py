@@ -23,6 +23,7 @@ import torch  # noqa: E402
 import scsae_utils  # noqa: E402
 from scsae_utils.cells import split_cells  # noqa: E402
 from scsae_utils.concepts import add_taxonomy, concept_data  # noqa: E402
+from scsae_utils.sae import SAE, SAEConfig  # noqa: E402
 from scsae_utils.scgpt import ScGPT, ScGPTConfig  # noqa: E402
 
 
@@ -38,6 +39,11 @@ def perturbed(config: ScGPTConfig, genes, seed: int = 0) -> ScGPT:
                     parameter += 0.3 * torch.randn_like(parameter)
             model.encoder.embedding.weight.normal_()
     return model.eval().requires_grad_(False)
+
+
+def naive(model, ids, values) -> np.ndarray:
+    """The model run on one cell, on its own."""
+    return model(torch.as_tensor(ids)[None], torch.as_tensor(values, dtype=torch.float32)[None])[0].numpy()
 
 
 @pytest.fixture(scope="session")
@@ -94,3 +100,27 @@ def sae(embedded):
 def concepts(embedded, sae):
     """Cells x concepts with taxonomy."""
     return add_taxonomy(concept_data(embedded, sae))
+
+
+@pytest.fixture(scope="session")
+def few_cells(embedded):
+    """60 cells of 80 genes, so that every gene can be occluded in no time; each expresses 5 genes or more."""
+    genes = np.asarray((embedded.X > 0).sum(0)).ravel().argsort()[::-1][:240:3]
+    part = embedded[:60, np.sort(genes)].copy()
+    return part[part.X.getnnz(axis=1) >= 5].copy()
+
+
+@pytest.fixture(scope="session")
+def fed(few_cells, tiny_model):
+    return scsae_utils.embed(few_cells.copy(), tiny_model, progress=False)
+
+
+@pytest.fixture(scope="session")
+def relu_sae(fed):
+    """12 concepts, each active in about 30 % of the cells, without the jumps of a threshold."""
+    sae = SAE(SAEConfig(n_concepts=12, seed=3), fed.obsm["X_scGPT"].shape[1])
+    sae.requires_grad_(False)
+    sae.b_d.copy_(torch.from_numpy(fed.obsm["X_scGPT"].mean(0)))
+    before = (torch.from_numpy(fed.obsm["X_scGPT"]) - sae.b_d) @ sae.W_e
+    sae.b_e.copy_(-before.quantile(0.7, dim=0))
+    return sae.eval()

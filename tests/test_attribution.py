@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import perturbed
+from conftest import naive, perturbed
 
 from scsae_utils import attribution as module
 from scsae_utils import embed
@@ -14,17 +14,13 @@ from scsae_utils.attribution import (
     check_embedded,
     choose_counterfactuals,
     choose_prototypes,
-    compare_occlusions,
-    concepts_of_gene,
-    deletion_curves,
     gene_summary,
     insert,
-    loss_without,
     occlude,
     rebinned,
     strongest_genes,
 )
-from scsae_utils.embedding import cell_tokens, embed_tokens, token_ids
+from scsae_utils.embedding import cell_tokens, token_ids
 from scsae_utils.sae import SAE, SAEConfig
 from scsae_utils.scgpt import ScGPTConfig, bin_values
 
@@ -35,41 +31,12 @@ def model(tiny_model):
 
 
 @pytest.fixture(scope="module")
-def cells(embedded):
-    """60 cells of 80 genes, so that every gene can be occluded in no time; each expresses 5 genes or more."""
-    genes = np.asarray((embedded.X > 0).sum(0)).ravel().argsort()[::-1][:240:3]
-    part = embedded[:60, np.sort(genes)].copy()
-    return part[part.X.getnnz(axis=1) >= 5].copy()
-
-
-@pytest.fixture(scope="module")
-def fed(cells, model):
-    return embed(cells.copy(), model, progress=False)
-
-
-@pytest.fixture(scope="module")
-def relu_sae(fed):
-    """12 concepts, each active in about 30 % of the cells, without the jumps of a threshold."""
-    sae = SAE(SAEConfig(n_concepts=12, seed=3), fed.obsm["X_scGPT"].shape[1])
-    sae.requires_grad_(False)
-    sae.b_d.copy_(torch.from_numpy(fed.obsm["X_scGPT"].mean(0)))
-    before = (torch.from_numpy(fed.obsm["X_scGPT"]) - sae.b_d) @ sae.W_e
-    sae.b_e.copy_(-before.quantile(0.7, dim=0))
-    return sae.eval()
-
-
-@pytest.fixture(scope="module")
 def cell(fed, model):
     """Tokens and log values of one cell."""
     row = int(fed.X.getnnz(axis=1).argmax())
     ids, values = cell_tokens(fed.layers["bins"][row], token_ids(fed.var_names, model), model)[0]
     log_values = fed.X[row].toarray().ravel()
     return ids, values, log_values[log_values > 0]
-
-
-def naive(model, ids, values) -> np.ndarray:
-    """The model run on one cell, on its own."""
-    return model(torch.as_tensor(ids)[None], torch.as_tensor(values, dtype=torch.float32)[None])[0].numpy()
 
 
 class TestOccludingOneCell:
@@ -188,8 +155,8 @@ class TestAttribute:
         one, other = (attribute(fed, model, relu_sae, 4, batch_tokens=n, **settings) for n in (8192, 60))
         pd.testing.assert_frame_equal(one, other, atol=1e-4, check_exact=False)
 
-    def test_does_not_depend_on_the_order_of_genes(self, fed, cells, model, relu_sae):
-        shuffled = cells[:, np.random.default_rng(0).permutation(cells.n_vars)].copy()
+    def test_does_not_depend_on_the_order_of_genes(self, fed, few_cells, model, relu_sae):
+        shuffled = few_cells[:, np.random.default_rng(0).permutation(few_cells.n_vars)].copy()
         embed(shuffled, model, progress=False)
         for binning in ("frozen", "rebinned"):
             one, other = (
@@ -224,11 +191,11 @@ class TestAttribute:
             assert row["occluded"] == pytest.approx(after[0, 4].item(), abs=1e-5)
             assert row["change"] == ("value" if (changed > 0).sum() == (X[p] > 0).sum() else "remove")
 
-    def test_rebinned_of_a_truncated_cell_bins_its_whole_expression(self, cells):
+    def test_rebinned_of_a_truncated_cell_bins_its_whole_expression(self, few_cells):
         """The bins of a long cell are those of all its genes, also of those that the model has no room for: with an
         unchanged value the embedding has to be that of the cell."""
-        short = perturbed(ScGPTConfig(16, 2, 24, 2, max_seq_len=15), cells.var_names)
-        fed = embed(cells.copy(), short, progress=False)
+        short = perturbed(ScGPTConfig(16, 2, 24, 2, max_seq_len=15), few_cells.var_names)
+        fed = embed(few_cells.copy(), short, progress=False)
         row = int(fed.X.getnnz(axis=1).argmax())
         assert fed.X[row].getnnz() > 14
         part = module.occlude_cell(
@@ -294,8 +261,8 @@ class TestRefusals:
         with pytest.raises(ValueError, match="embedded with another model"):
             attribute(fed, model.random_like(), relu_sae, 4, progress=False)
 
-    def test_cells_that_are_not_embedded(self, cells, model, relu_sae):
-        bare = cells.copy()
+    def test_cells_that_are_not_embedded(self, few_cells, model, relu_sae):
+        bare = few_cells.copy()
         for key in list(bare.layers):
             del bare.layers[key]
         with pytest.raises(ValueError, match="run scsae_utils.embed"):
@@ -368,76 +335,3 @@ class TestSummary:
         means = {(1, "A"): 0.5, (1, "B"): -0.6, (1, "C"): 0.1, (2, "A"): 0.3, (2, "D"): 0.01, (2, "C"): -0.02}
         summary = pd.DataFrame({"mean": pd.Series(means)}).rename_axis(["concept", "gene"])
         assert strongest_genes(summary, 2) == ["B", "A", "C"]
-
-
-class TestDeletion:
-    def test_starts_at_one_and_equals_removal_by_hand(self, fed, model, relu_sae):
-        rows = choose_prototypes(relu_sae.activations(fed.obsm["X_scGPT"])[:, 4].toarray().ravel(), 3)
-        genes = fed.var_names[::5].tolist()
-        curves = deletion_curves(fed, model, relu_sae, 4, rows, {"a": genes, "b": genes[::-1]}, 4, progress=False)
-        assert (curves.loc[curves["n_removed"] == 0, "activation"] == 1).all()
-        assert sorted(curves["n_removed"].unique()) == [0, 4, 8, 12, 16] and len(genes) == 16
-        assert len(curves) == 2 * 5 * 3
-        ends = curves[curves["n_removed"] == 16].set_index(["order", "cell"])["activation"]
-        np.testing.assert_allclose(ends["a"], ends["b"], atol=1e-4)  # at the end the same genes are gone
-        for row in rows:
-            ids, values = cell_tokens(fed.layers["bins"][row], token_ids(fed.var_names, model), model)[0]
-            stays = ~np.isin(ids, [model.vocab[g] for g in genes[:8]])
-            both = np.stack([naive(model, ids, values), naive(model, ids[stays], values[stays])])
-            u = relu_sae.encode(torch.from_numpy(both))[:, 4]
-            at = (curves["order"] == "a") & (curves["n_removed"] == 8) & (curves["cell"] == fed.obs_names[row])
-            assert curves.loc[at, "activation"].item() == pytest.approx((u[1] / u[0]).item(), abs=1e-4)
-
-    def test_loss_without_is_the_end_of_the_curve(self, fed, model, relu_sae):
-        rows = choose_prototypes(relu_sae.activations(fed.obsm["X_scGPT"])[:, 4].toarray().ravel(), 3)
-        genes = fed.var_names[::5].tolist()
-        curves = deletion_curves(fed, model, relu_sae, 4, rows, {"a": genes}, 4, progress=False)
-        end = curves.loc[curves["n_removed"] == 16, "activation"].mean()
-        assert loss_without(fed, model, relu_sae, 4, rows, genes) == pytest.approx(1 - end, abs=1e-6)
-
-    def test_all_genes_can_be_removed(self, fed, model, relu_sae):
-        row = choose_prototypes(relu_sae.activations(fed.obsm["X_scGPT"])[:, 4].toarray().ravel(), 1)
-        curves = deletion_curves(fed, model, relu_sae, 4, row, {"all": list(fed.var_names)}, 2, progress=False)
-        assert np.isfinite(curves["activation"]).all() and curves["n_removed"].max() == fed.n_vars
-
-    def test_refusals(self, fed, model, relu_sae):
-        u = relu_sae.activations(fed.obsm["X_scGPT"])[:, 4].toarray().ravel()
-        gene = fed.var_names[0]
-        with pytest.raises(ValueError, match=f"not among the genes of these cells; did you mean .*{gene}"):
-            deletion_curves(fed, model, relu_sae, 4, [u.argmax()], {"a": [gene.lower()]}, progress=False)
-        with pytest.raises(ValueError, match=f"silent in {fed.obs_names[u.argmin()]}"):
-            deletion_curves(fed, model, relu_sae, 4, [u.argmax(), u.argmin()], {"a": [gene]}, progress=False)
-
-
-class TestConceptsOfGene:
-    def test_equals_embedding_the_cells_without_the_gene(self, fed, model, relu_sae):
-        gene = fed.var_names[10]
-        share = concepts_of_gene(fed, model, relu_sae, gene, progress=False)
-        rest = fed[:, fed.var_names != gene].copy()
-        keep = np.delete(fed.layers["bins"].toarray(), 10, axis=1)
-        tokens = cell_tokens(module.sparse.csr_matrix(keep), token_ids(rest.var_names, model), model)
-        before = relu_sae.activations(fed.obsm["X_scGPT"]).sum(0).A1
-        after = relu_sae.activations(embed_tokens(tokens, model)).sum(0).A1
-        np.testing.assert_allclose(share, (before - after) / before, atol=1e-4)
-        assert share.name == gene and share.index[3] == "concept_3" and share.abs().max() > 1e-3
-
-    def test_refusals(self, fed, model, relu_sae):
-        gene = fed.var_names[10]
-        with pytest.raises(ValueError, match=f"did you mean .*'{gene}'"):
-            concepts_of_gene(fed, model, relu_sae, gene.lower(), progress=False)
-        without = fed.copy()
-        bins = without.layers["bins"].tolil()
-        bins[:, 10] = 0
-        without.layers["bins"] = bins.tocsr()
-        with pytest.raises(ValueError, match=f"no cell expresses '{gene}'"):
-            concepts_of_gene(without, model, relu_sae, gene, progress=False)
-
-
-def test_compare_occlusions(fed, model, relu_sae):
-    """One row for each option that is not chosen, each really another occlusion."""
-    table = compare_occlusions(fed, model, relu_sae, 4, AttributionConfig(n_counterfactuals=3), n_prototypes=2)
-    assert table.index.tolist() == ["as chosen", "absent: value", "binning: rebinned", "counterfactual_mean: matched"]
-    assert table.loc["as chosen", ["correlation", "top 10 shared"]].tolist() == pytest.approx([1, 1])
-    assert (table["correlation"].iloc[1:] < 0.99999).all()
-    alone = attribute(fed, model, relu_sae, 4, n_prototypes=2, n_counterfactuals=3, binning="rebinned", progress=False)
-    assert table.loc["binning: rebinned", "largest"] == pytest.approx(alone["attribution"].abs().max())

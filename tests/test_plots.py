@@ -13,12 +13,12 @@ from scsae_utils import plots
 from scsae_utils.attribution import (
     AttributionConfig,
     attribute,
-    deletion_curves,
     gene_summary,
     prototypes_and_counterfactuals,
 )
 from scsae_utils.cells import LEVELS, UNASSIGNED
 from scsae_utils.concepts import KINDS, kept, number, type_shares
+from scsae_utils.curves import deletion_curves
 
 
 @pytest.fixture(autouse=True)
