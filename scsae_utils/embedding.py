@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
+from pathlib import Path
+
 import numpy as np
 import scanpy as sc
 import torch
@@ -9,9 +14,12 @@ from anndata import AnnData
 from scipy import sparse
 from tqdm.auto import tqdm
 
+from .compat import draw_like_embed_data
 from .encoder import CellEncoder
 
 BATCH_TOKENS = 8192  # larger batches are slower on a CPU: each layer's new memory has to be paged in
+BLOCK_CELLS = 4096  # cells that are read, embedded and kept at a time
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def token_ids(symbols, model: CellEncoder) -> np.ndarray:
@@ -19,7 +27,26 @@ def token_ids(symbols, model: CellEncoder) -> np.ndarray:
     return np.array([model.vocab.get(symbol, -1) if not symbol.startswith("<") else -1 for symbol in symbols])
 
 
-def bin_cells(adata: AnnData, model: CellEncoder, ties: str = "expected", seed: int = 0) -> sparse.csr_matrix:
+def known_expression(adata: AnnData, ids: np.ndarray, rows=slice(None)) -> sparse.csr_matrix:
+    """Expression above zero of the genes with an id, as CSR float32 with all columns; backed cells are read here.
+
+    Raises
+    ------
+    ValueError
+        If values are negative or not finite.
+    """
+    X = sparse.csr_matrix(adata.X[rows], dtype=np.float32) @ sparse.diags((ids >= 0).astype(np.float32))
+    X = sparse.csr_matrix(X)
+    X.eliminate_zeros()
+    X.sort_indices()
+    if len(X.data) and not (np.isfinite(X.data).all() and X.data.min() > 0):
+        raise ValueError("expression holds negative or non-finite values; scGPT needs counts or log1p values")
+    return X
+
+
+def bin_cells(
+    adata: AnnData, model: CellEncoder, ties: str = "expected", seed: int = 0, rows: slice = slice(None)
+) -> sparse.csr_matrix:
     """Bin every cell over the genes that the model knows.
 
     Parameters
@@ -29,7 +56,9 @@ def bin_cells(adata: AnnData, model: CellEncoder, ties: str = "expected", seed: 
     model
         Supplies the vocabulary and the number of bins.
     ties
-        ``"expected"`` (deterministic) or ``"random"`` (scGPT's own draw, from ``seed``).
+        ``"expected"`` (deterministic) or ``"random"`` (scGPT's own draw, from ``seed`` and the cell's row).
+    rows
+        Only these cells.
 
     Returns
     -------
@@ -42,23 +71,21 @@ def bin_cells(adata: AnnData, model: CellEncoder, ties: str = "expected", seed: 
     """
     if ties not in ("expected", "random"):
         raise ValueError(f"ties must be 'expected' or 'random', not {ties!r}")
-    rng = np.random.default_rng(seed) if ties == "random" else None
-    known = sparse.diags((token_ids(adata.var_names, model) >= 0).astype(np.float32))
-    bins = sparse.csr_matrix(adata.X, dtype=np.float32) @ known
-    bins = sparse.csr_matrix(bins)
-    bins.eliminate_zeros()
-    bins.sort_indices()
-    if len(bins.data) and not (np.isfinite(bins.data).all() and bins.data.min() > 0):
-        raise ValueError("expression holds negative or non-finite values; scGPT needs counts or log1p values")
-    lengths = np.diff(bins.indptr)
-    if (lengths == 0).any():
-        empty = adata.obs_names[lengths == 0]
-        raise ValueError(
-            f"{len(empty)} cells express no gene that the model knows (first: {empty[0]}): remove them before embedding"
-        )
-    for start, end in zip(bins.indptr[:-1], bins.indptr[1:]):
+    bins = known_expression(adata, token_ids(adata.var_names, model), rows)
+    refuse_empty(adata, np.flatnonzero(np.diff(bins.indptr) == 0) + rows.indices(adata.n_obs)[0])
+    for i, (start, end) in enumerate(zip(bins.indptr[:-1], bins.indptr[1:]), rows.indices(adata.n_obs)[0]):
+        rng = np.random.default_rng([seed, i]) if ties == "random" else None
         bins.data[start:end] = model.input_values(bins.data[start:end], rng)
     return bins
+
+
+def refuse_empty(adata: AnnData, empty: np.ndarray) -> None:
+    """Raise ValueError if there are rows of cells that express no known gene."""
+    if len(empty):
+        raise ValueError(
+            f"{len(empty)} cells express no gene that the model knows "
+            f"(first: {adata.obs_names[empty[0]]}): remove them before embedding"
+        )
 
 
 def cell_tokens(bins: sparse.csr_matrix, ids: np.ndarray, model: CellEncoder) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -85,20 +112,23 @@ def cell_tokens(bins: sparse.csr_matrix, ids: np.ndarray, model: CellEncoder) ->
     return cells
 
 
-def embed_tokens(cells, model: CellEncoder, batch_tokens: int = BATCH_TOKENS, progress: bool = False) -> np.ndarray:
+def embed_tokens(
+    cells, model: CellEncoder, batch_tokens: int = BATCH_TOKENS, progress: bool = False, bar: tqdm | None = None
+) -> np.ndarray:
     """Cell embeddings (n_cells, d) of token sequences, in batches of cells of similar length.
 
     A cell's embedding does not depend on its neighbours in the batch: padding is masked out of the attention.
+    ``bar`` is a progress bar of the caller's, counted up by cell.
     """
-    lengths = np.array([len(ids) for ids, _ in cells])
+    lengths = np.array([len(ids) for ids, _ in cells], int)
     order = np.argsort(lengths, kind="stable")[::-1]  # longest first: memory is highest at once, not at the end
-    device = model.device
     out = np.empty((len(cells), model.dim), np.float32)
     start = 0
     with (
-        tqdm(total=len(cells), desc="embedding cells", unit="cell", disable=not progress) as bar,
+        tqdm(total=len(cells), desc="embedding cells", unit="cell", disable=not progress) as own,
         torch.inference_mode(),
     ):
+        bar = own if bar is None else bar
         while start < len(order):
             longest = lengths[order[start]]
             batch = order[start : start + max(1, batch_tokens // longest)]
@@ -106,15 +136,50 @@ def embed_tokens(cells, model: CellEncoder, batch_tokens: int = BATCH_TOKENS, pr
             values = np.full((len(batch), longest), model.pad[1], np.float32)
             for row, i in enumerate(batch):
                 ids[row, : lengths[i]], values[row, : lengths[i]] = cells[i]
+            ids, values = torch.from_numpy(ids).to(model.device), torch.from_numpy(values).to(model.device)
             keep = None
             if lengths[batch[-1]] < longest:
-                keep = torch.from_numpy(np.arange(longest) < lengths[batch][:, None]).to(device)
-            out[batch] = (
-                model(torch.from_numpy(ids).to(device), torch.from_numpy(values).to(device), keep).cpu().numpy()
-            )
+                keep = torch.from_numpy(np.arange(longest) < lengths[batch][:, None]).to(model.device)
+            out[batch] = model(ids, values, keep).float().cpu().numpy()
             start += len(batch)
             bar.update(len(batch))
     return out
+
+
+def at_precision(model: CellEncoder, precision: str = "float32", device: str | None = None) -> CellEncoder:
+    """The model in a precision and on a device; itself if it is there already, else a copy.
+
+    Parameters
+    ----------
+    precision
+        ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float16 on a GPU, as ``embed_data`` does there; on
+        a CPU bfloat16 where the processor multiplies it, else float32. Half precision is faster where the hardware
+        has it, and turns a cell embedding by about half a degree.
+    device
+        ``"cpu"``, ``"cuda"``, ``"mps"``; ``"auto"``: the first GPU, else the CPU; None: where the model is.
+
+    Raises
+    ------
+    ValueError
+        For another precision, or a device that is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    target = model.device if device is None else torch.device(device)
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(target.type, False):
+        raise ValueError(f"there is no device {device!r} here; there are: {', '.join(d for d in there if there[d])}")
+    if precision == "auto":
+        if target.type == "cpu":
+            precision = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+        else:
+            precision = "float16"
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be 'auto' or one of {', '.join(PRECISIONS)}, not {precision!r}")
+    dtypes = {p.dtype for p in model.parameters()}
+    if target == model.device and dtypes <= {PRECISIONS[precision]}:
+        return model
+    return copy.deepcopy(model).to(target, PRECISIONS[precision])
 
 
 def embed(
@@ -122,52 +187,155 @@ def embed(
     model: CellEncoder,
     ties: str = "expected",
     seed: int = 0,
+    precision: str = "float32",
+    device: str | None = None,
+    compat: str | None = None,
+    workers: int = 1,
+    out: str | Path | None = None,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
 ) -> AnnData:
-    """Embed every cell with scGPT.
+    """Embed every cell.
 
     Parameters
     ----------
     adata
-        Cells, as from :func:`scsae_utils.load_cells`; changed in place.
+        Cells, as from :func:`scsae_utils.load_cells`; changed in place. Counts or log values: the bins are the same.
+        Cells of a file that was opened with ``backed="r"`` are read in blocks of ``BLOCK_CELLS``.
     model
-        From :func:`scsae_utils.load_model`.
+        From :func:`scsae_utils.load_model`, or another :class:`~scsae_utils.encoder.CellEncoder`.
     ties, seed
         See :func:`bin_cells`.
+    precision, device
+        See :func:`at_precision`.
+    compat
+        ``"embed_data"``: bins and truncation as the genuine ``scgpt.tasks.embed_data`` draws them; see
+        :func:`scsae_utils.compat.draw_like_embed_data`, also for ``workers``.
+    out
+        A ``.npy`` file that fills block by block. A stopped run goes on from the last whole block, and the embeddings
+        stay on disk (memory-mapped), so that memory does not grow with the number of cells.
     batch_tokens
         Most tokens in one batch; sets speed and memory, not the result.
 
     Returns
     -------
-    ``adata`` with ``obsm["X_scGPT"]`` (n_cells, d) of unit length, ``layers["bins"]`` (what the model was fed) and
-    the settings in ``uns["scgpt"]``: ``name`` and ``model`` (name and fingerprint of the weights), ``ties``, ``seed``,
-    ``n_genes_known``, ``n_genes``, ``n_truncated`` (cells with more genes than the model reads).
+    ``adata`` with ``obsm["X_scGPT"]`` (n_cells, d) of unit length, ``layers["bins"]`` (what the model was fed; not for
+    backed cells) and the settings in ``uns["scgpt"]``: ``name`` and ``model`` (name and fingerprint of the weights),
+    ``ties``, ``seed``, ``precision``, ``compat``, ``workers``, ``n_genes_known``, ``n_genes``, ``n_truncated`` (cells
+    with more genes than the model reads: the highest bins are kept).
 
     Raises
     ------
     ValueError
-        See :func:`bin_cells`; also if fewer than 10 genes are in the model's vocabulary.
+        See :func:`bin_cells` and :func:`at_precision`; also if fewer than 10 genes are in the model's vocabulary, or
+        ``out`` holds the embeddings of other cells or settings. All cells are checked before the first is embedded.
     """
+    if compat not in (None, "embed_data") or (compat and (adata.isbacked or ties != "expected")):
+        raise ValueError(
+            "compat must be None or 'embed_data'; the latter draws its own ties, and needs the cells in memory "
+            "(adata.to_memory()), as embed_data does"
+        )
     ids = token_ids(adata.var_names, model)
     if (ids >= 0).sum() < 10:
         raise ValueError(
             f"only {(ids >= 0).sum()} of {adata.n_vars} genes are in the model's vocabulary; "
             f"var_names must be gene symbols (first three: {', '.join(adata.var_names[:3])})"
         )
-    bins = bin_cells(adata, model, ties, seed)
-    adata.layers["bins"] = bins
-    adata.obsm["X_scGPT"] = embed_tokens(cell_tokens(bins, ids, model), model, batch_tokens, progress)
-    adata.uns["scgpt"] = {
+    fast = at_precision(model, precision, device)
+    blocks = [slice(i, min(i + BLOCK_CELLS, adata.n_obs)) for i in range(0, adata.n_obs, BLOCK_CELLS)]
+    lengths, total = check_cells(adata, ids, blocks)
+    settings = {
         "name": model.name,
         "model": model.fingerprint(),
-        "ties": ties,
+        "ties": "drawn" if compat else ties,
         "seed": seed,
+        "precision": str(next((p.dtype for p in fast.parameters()), torch.float32)).removeprefix("torch."),
+        "compat": compat or "",
+        "workers": workers if compat else 0,
         "n_genes": adata.n_vars,
         "n_genes_known": int((ids >= 0).sum()),
-        "n_truncated": int((np.diff(bins.indptr) >= model.max_tokens).sum()),
+        "n_truncated": int((lengths >= model.max_tokens).sum()),
     }
+    X, done = np.empty((adata.n_obs, model.dim), np.float32), 0
+    if out is not None:
+        names = hashlib.sha256("\n".join([*adata.obs_names, "", *adata.var_names]).encode()).hexdigest()
+        state = {**settings, "batch_tokens": batch_tokens, "block": BLOCK_CELLS, "names": names, "total": total}
+        X, done = open_store(Path(out), (adata.n_obs, model.dim), state)
+    drawn = draw_like_embed_data(adata, model, seed, workers) if compat else None
+    fed = []
+    with tqdm(
+        total=adata.n_obs, initial=min(done * BLOCK_CELLS, adata.n_obs), desc="embedding cells", unit="cell",
+        disable=not progress,
+    ) as bar:  # fmt: skip
+        for i, rows in enumerate(blocks):
+            if i < done and adata.isbacked:
+                continue
+            bins = drawn[rows] if compat else bin_cells(adata, model, ties, seed, rows)
+            if i >= done:
+                X[rows] = embed_tokens(cell_tokens(bins, ids, model), fast, batch_tokens, bar=bar)
+                if out is not None:
+                    X.flush()
+                    write_state(Path(out), state, i + 1)
+            if not adata.isbacked:
+                fed.append(bins)
+    if out is not None:
+        X = close_store(Path(out))
+    if fed:
+        adata.layers["bins"] = sparse.vstack(fed, format="csr")
+    adata.obsm["X_scGPT"], adata.uns["scgpt"] = X, settings
     return adata
+
+
+def check_cells(adata: AnnData, ids: np.ndarray, blocks: list[slice]) -> tuple[np.ndarray, float]:
+    """Number of known genes of each cell (n_cells,) and the sum of all values; raises what :func:`embed` raises."""
+    if adata.isbacked and getattr(adata.X, "format", "csr") == "csc":
+        raise ValueError("the file keeps its expression by gene (CSC): write it as CSR first, or load it into memory")
+    lengths, total = [], 0.0
+    for rows in blocks:
+        X = known_expression(adata, ids, rows)
+        lengths.append(np.diff(X.indptr))
+        total += float(X.data.sum(dtype=np.float64))
+    lengths = np.concatenate(lengths) if lengths else np.zeros(0, int)
+    refuse_empty(adata, np.flatnonzero(lengths == 0))
+    return lengths, total
+
+
+def open_store(path: Path, shape: tuple[int, int], state: dict) -> tuple[np.ndarray, int]:
+    """A memory-mapped ``.npy`` that fills block by block, and how many blocks of it are done.
+
+    Until it is whole it is called ``path.part``; ``path.json`` has the settings and the number of blocks.
+    """
+    part, note = path.with_name(path.name + ".part"), path.with_name(path.name + ".json")
+    if note.is_file() and (part.is_file() or path.is_file()):
+        known = json.loads(note.read_text())
+        done = known.pop("blocks_done")
+        if known != json.loads(json.dumps(state)):
+            other = [k for k in state if known.get(k) != state[k]]
+            raise ValueError(
+                f"{path} holds embeddings of another run (other: {', '.join(other)}): delete it, or give another file"
+            )
+        return np.load(part if part.is_file() else path, mmap_mode="r+"), done
+    if path.exists():
+        raise ValueError(f"{path} exists and was not made by embed: give another file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.lib.format.open_memmap(part, "w+", np.float32, shape)
+    write_state(path, state, 0)
+    return array, 0
+
+
+def write_state(path: Path, state: dict, blocks_done: int) -> None:
+    """Note how far ``path`` has come, whole or not at all."""
+    new = path.with_name(path.name + ".json.part")
+    new.write_text(json.dumps({**state, "blocks_done": blocks_done}))
+    new.replace(path.with_name(path.name + ".json"))
+
+
+def close_store(path: Path) -> np.ndarray:
+    """Give the finished file its name; memory-mapped, to be read."""
+    part = path.with_name(path.name + ".part")
+    if part.is_file():
+        part.replace(path)
+    return np.load(path, mmap_mode="r")
 
 
 def add_umap(adata: AnnData, seed: int = 0) -> None:

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
-from anndata import AnnData
+import torch
+from anndata import AnnData, read_h5ad
 from conftest import perturbed
 from scipy import sparse
 
-from scsae_utils.embedding import bin_cells, cell_tokens, embed, embed_tokens, token_ids
+from scsae_utils import embedding
+from scsae_utils.embedding import at_precision, bin_cells, cell_tokens, embed, embed_tokens, token_ids
 from scsae_utils.scgpt import ScGPTConfig, bin_values
 
 GENES = [f"G{i}" for i in range(60)]
@@ -199,3 +201,136 @@ class TestRefusals:
         cells.var_names = [f"ENSG{i:011d}" for i in range(60)]
         with pytest.raises(ValueError, match="only 0 of 60 genes.*must be gene symbols.*ENSG00000000000"):
             embed(cells, model, progress=False)
+
+    def test_the_first_bad_cell_stops_before_any_is_embedded(self, cells, model, monkeypatch):
+        X = cells.X.toarray()
+        X[19] = 0
+        monkeypatch.setattr(embedding, "BLOCK_CELLS", 6)
+        monkeypatch.setattr(embedding, "embed_tokens", lambda *_: pytest.fail("a cell was embedded"))
+        with pytest.raises(ValueError, match="first: cell19"):
+            embed(make(X), model, progress=False)
+
+    @pytest.mark.parametrize(
+        "settings, message",
+        [
+            ({"precision": "float8"}, "precision must be 'auto' or one of float32, bfloat16, float16, not 'float8'"),
+            ({"device": "cuda"}, "no device 'cuda' here; there are: cpu"),
+            ({"device": "xpu"}, "no device 'xpu' here"),
+            ({"compat": "scgpt"}, "compat must be None or 'embed_data'"),
+            ({"compat": "embed_data", "ties": "random"}, "draws its own ties"),
+            ({"compat": "embed_data", "workers": 0}, "workers must be at least 1"),
+        ],
+    )
+    def test_settings_that_cannot_be(self, cells, model, settings, message):
+        if settings.get("device") == "cuda" and torch.cuda.is_available():
+            pytest.skip("there is a GPU here")
+        with pytest.raises(ValueError, match=message):
+            embed(cells, model, progress=False, **settings)
+
+
+class TestPrecision:
+    @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+    def test_half_turns_embeddings_little_and_is_noted(self, cells, model, precision):
+        half = embed(cells.copy(), model, precision=precision, progress=False)
+        cosine = (half.obsm["X_scGPT"] * embeddings(cells, model)).sum(1)
+        assert half.uns["scgpt"]["precision"] == precision and half.obsm["X_scGPT"].dtype == np.float32
+        assert 0.999 < cosine.min() < 1
+        assert half.uns["scgpt"]["model"] == model.fingerprint()  # the weights as they were opened
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+    def test_auto_names_what_it_chose(self, cells, model):
+        chosen = embed(cells, model, precision="auto", device="auto", progress=False).uns["scgpt"]["precision"]
+        assert chosen in ("float32", "bfloat16", "float16")
+
+    def test_a_model_that_is_there_already_is_not_copied(self, model):
+        assert at_precision(model, "float32", "cpu") is model
+        assert at_precision(model, "bfloat16") is not model
+
+
+class TestBlocks:
+    @pytest.fixture
+    def blocks_of_6(self, monkeypatch):
+        monkeypatch.setattr(embedding, "BLOCK_CELLS", 6)
+
+    @pytest.mark.parametrize("ties", ["expected", "random"])
+    def test_do_not_matter(self, cells, model, monkeypatch, ties):
+        whole = embed(cells.copy(), model, ties=ties, progress=False)
+        monkeypatch.setattr(embedding, "BLOCK_CELLS", 6)
+        parts = embed(cells.copy(), model, ties=ties, progress=False)
+        np.testing.assert_allclose(parts.obsm["X_scGPT"], whole.obsm["X_scGPT"], atol=1e-6)
+        assert (parts.layers["bins"] != whole.layers["bins"]).nnz == 0
+
+    @pytest.mark.parametrize("dense", [False, True])
+    def test_of_a_backed_file(self, cells, model, tmp_path, blocks_of_6, dense):
+        expected = embeddings(cells, model)
+        cells.X = cells.X.toarray() if dense else cells.X
+        cells.write(tmp_path / "cells.h5ad")
+        backed = embed(read_h5ad(tmp_path / "cells.h5ad", backed="r"), model, progress=False)
+        np.testing.assert_array_equal(backed.obsm["X_scGPT"], expected)
+        assert "bins" not in backed.layers
+
+    def test_of_a_file_kept_by_gene_are_refused(self, cells, model, tmp_path):
+        cells.X = cells.X.tocsc()
+        cells.write(tmp_path / "cells.h5ad")
+        with pytest.raises(ValueError, match="by gene"):
+            embed(read_h5ad(tmp_path / "cells.h5ad", backed="r"), model, progress=False)
+
+    def test_a_stopped_run_goes_on_and_ends_the_same(self, cells, model, tmp_path, blocks_of_6, monkeypatch):
+        expected, out, real, done = embeddings(cells, model), tmp_path / "x.npy", embedding.embed_tokens, []
+
+        def stops_in_the_third(*args, **kwargs):
+            if len(done) == 2:
+                raise KeyboardInterrupt
+            done.append(1)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(embedding, "embed_tokens", stops_in_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            embed(cells.copy(), model, out=out, progress=False)
+        assert not out.exists()
+        again = []
+        monkeypatch.setattr(embedding, "embed_tokens", lambda *a, **k: again.append(1) or real(*a, **k))
+        finished = embed(cells.copy(), model, out=out, progress=False)
+        assert len(again) == 2  # of four blocks
+        np.testing.assert_array_equal(finished.obsm["X_scGPT"], expected)
+        np.testing.assert_array_equal(np.load(out), expected)
+        embed(cells.copy(), model, out=out, progress=False)
+        assert len(again) == 2  # nothing is left to do
+
+    def test_another_run_is_not_overwritten(self, cells, model, tmp_path):
+        embed(cells.copy(), model, out=tmp_path / "x.npy", progress=False)
+        before = (tmp_path / "x.npy").read_bytes()
+        other = cells.copy()
+        other.X = other.X * 2 + 1 * (other.X > 0)
+        for adata, settings, what in [
+            (cells, {"seed": 1}, "seed"),
+            (cells, {"precision": "bfloat16"}, "precision"),
+            (other, {}, "total"),
+            (cells[:10], {}, "names"),
+        ]:
+            with pytest.raises(ValueError, match=f"another run .other: .*{what}"):
+                embed(adata.copy(), model, out=tmp_path / "x.npy", progress=False, **settings)
+        assert (tmp_path / "x.npy").read_bytes() == before
+        np.save(tmp_path / "y.npy", np.ones(3))
+        with pytest.raises(ValueError, match="was not made by embed"):
+            embed(cells, model, out=tmp_path / "y.npy", progress=False)
+
+
+class TestLikeEmbedData:
+    """Against embed_data itself: see test_oracle."""
+
+    def test_draws_follow_seed_and_processes(self, cells, model):
+        many = make(np.tile(cells.X.toarray(), (8, 1)))  # three loader batches
+        settings = [{}, {}, {"seed": 1}, {"workers": 2}]
+        one, same, seed, workers = (embeddings(many, model, compat="embed_data", **s) for s in settings)
+        assert (one == same).all() and (one != seed).any()
+        np.testing.assert_array_equal(one[:64], workers[:64])  # the first process draws the first batch
+        assert (one[64:128] != workers[64:128]).any()
+
+    def test_too_long_cells_lose_random_genes(self, cells):
+        short = perturbed(ScGPTConfig(16, 2, 24, 2, max_seq_len=9), GENES)
+        adata = embed(cells.copy(), short, compat="embed_data", progress=False)
+        assert set(adata.layers["bins"].getnnz(axis=1)) == {8}
+        highest = embed(cells.copy(), short, progress=False).layers["bins"]
+        assert (adata.layers["bins"].toarray().sum(1) < np.sort(highest.toarray())[:, -8:].sum(1)).all()
+        assert adata.uns["scgpt"]["compat"] == "embed_data"
