@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import scanpy as sc
 import torch
 from anndata import AnnData
@@ -110,6 +111,34 @@ def cell_tokens(bins: sparse.csr_matrix, ids: np.ndarray, model: CellEncoder) ->
             columns, values = columns[top], values[top]
         cells.append((np.r_[model.cls[0], ids[columns]], np.r_[model.cls[1], values].astype(np.float32)))
     return cells
+
+
+def token_table(adata: AnnData, model: CellEncoder, cell: str) -> pd.DataFrame:
+    """One cell as its tokens, highest bins first: what the model reads.
+
+    Returns
+    -------
+    One row for each token that fits, ``<cls>`` first: ``gene``, ``token`` (id), ``expression`` (of ``X``), ``bin``
+    (fed), ``ties`` (genes of the cell with the same expression, itself included).
+    """
+    row = adata[[cell]]
+    ids = token_ids(adata.var_names, model)
+    X = np.asarray(row.X.todense() if sparse.issparse(row.X) else row.X).ravel()
+    tokens, values = cell_tokens(row.layers["bins"], ids, model)[0]
+    column = {token: i for i, token in enumerate(ids)}
+    columns = [column[t] for t in tokens[1:]]
+    expression = pd.Series(X[columns])
+    table = pd.DataFrame(
+        {
+            "gene": ["<cls>", *adata.var_names[columns]],
+            "token": tokens,
+            "expression": [np.nan, *expression],
+            "bin": values,
+            "ties": [0, *expression.groupby(expression).transform("size")],
+        }
+    )
+    first, rest = table.iloc[:1], table.iloc[1:].sort_values("bin", ascending=False, kind="stable")
+    return pd.concat([first, rest], ignore_index=True)
 
 
 def embed_tokens(

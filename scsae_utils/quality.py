@@ -10,7 +10,8 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
 from .cells import LEVELS, UNASSIGNED
-from .embedding import bin_cells, cell_tokens, embed_tokens, token_ids
+from .embedding import at_precision, bin_cells, cell_tokens, embed_tokens, token_ids
+from .encoder import CellEncoder
 from .scgpt import ScGPT
 
 
@@ -48,27 +49,32 @@ def random_embedding(adata: AnnData, model: ScGPT, seed: int = 0) -> np.ndarray:
     return embed_tokens(tokens, model.random_like(seed))
 
 
-def tie_noise(adata: AnnData, model: ScGPT, seed: int = 0, n_cells: int = 500) -> dict[str, float]:
-    """How far scGPT's random treatment of ties moves a cell, beside how far its nearest neighbour is.
+def embedding_noise(adata: AnnData, model: CellEncoder, seed: int = 0, n_cells: int = 500) -> pd.DataFrame:
+    """How far chance and rounding move a cell's embedding, beside how far the nearest other cell is.
 
     Returns
     -------
-    ``between_draws``: median distance of two draws of a cell; ``nearest_cell``: median distance of a draw to the
-    nearest draw of another cell; ``share_confused``: share of cells for which the former is larger. Euclidean, of at
-    most ``n_cells`` random cells.
+    One row for each of at most ``n_cells`` random cells, Euclidean distances. ``two draws of the ties``: between two
+    embeddings of the cell, its ties broken at random as ``embed_data`` does; ``bfloat16`` and ``float16``: between
+    the embedding and that in half precision; ``nearest other cell``: to the nearest of the other cells, in the first
+    draw.
     """
     rows = np.sort(np.random.default_rng(seed).permutation(adata.n_obs)[:n_cells])
     cells, ids = adata[rows], token_ids(adata.var_names, model)
     draws = [
         embed_tokens(cell_tokens(bin_cells(cells, model, "random", seed + i), ids, model), model) for i in range(2)
     ]
-    apart = np.linalg.norm(draws[0] - draws[1], axis=1)
-    nearest = NearestNeighbors(n_neighbors=2).fit(draws[0]).kneighbors(draws[0])[0][:, 1]
-    return {
-        "between_draws": float(np.median(apart)),
-        "nearest_cell": float(np.median(nearest)),
-        "share_confused": float((apart > nearest).mean()),
-    }
+    tokens = cell_tokens(bin_cells(cells, model), ids, model)
+    exact = embed_tokens(tokens, model)
+    half = {p: embed_tokens(tokens, at_precision(model, p)) for p in ("bfloat16", "float16")}
+    return pd.DataFrame(
+        {
+            "two draws of the ties": np.linalg.norm(draws[0] - draws[1], axis=1),
+            **{p: np.linalg.norm(exact - x, axis=1) for p, x in half.items()},
+            "nearest other cell": NearestNeighbors(n_neighbors=2).fit(draws[0]).kneighbors(draws[0])[0][:, 1],
+        },
+        index=cells.obs_names,
+    )
 
 
 def compare_embeddings(adata: AnnData, model: ScGPT, k: int = 15) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from conftest import perturbed
 from scipy import sparse
 
 from scsae_utils import embedding
-from scsae_utils.embedding import at_precision, bin_cells, cell_tokens, embed, embed_tokens, token_ids
+from scsae_utils.embedding import at_precision, bin_cells, cell_tokens, embed, embed_tokens, token_ids, token_table
 from scsae_utils.scgpt import ScGPTConfig, bin_values
 
 GENES = [f"G{i}" for i in range(60)]
@@ -117,6 +117,15 @@ class TestTokens:
             assert ids[0] == model.vocab["<cls>"] and values[0] == -2
             assert [GENES[i - 3] for i in ids[1:]] == [g for g, b in zip(GENES, bins[row].toarray().ravel()) if b]
             assert (values[1:] == bins[row].data).all()
+
+    def test_table_of_a_cell(self, model):
+        """Counts 5, 1, 1: bins by quantiles; the two ones are tied."""
+        cell = embed(make([[0, 5, 1, 1] + [0] * 56]), model, progress=False)
+        table = token_table(cell, model, "cell0")
+        assert table["gene"].tolist() == ["<cls>", "G1", "G2", "G3"]
+        assert table["token"].tolist() == [1, 4, 5, 6] and table["ties"].tolist() == [0, 1, 2, 2]
+        assert table["expression"].tolist()[1:] == [5, 1, 1]
+        assert table["bin"].tolist() == [-2, *cell.layers["bins"].toarray()[0, 1:4]]
 
     def test_special_tokens_are_no_genes(self, model):
         assert token_ids(["G0", "<cls>", "<pad>", "nobody"], model).tolist() == [3, -1, -1, -1]

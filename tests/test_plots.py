@@ -129,6 +129,12 @@ class TestCells:
         assert bins[embedded.var_names.get_indexer(names)].tolist() == [bar.get_height() for bar in ax.patches]
         assert "bin" in ax.get_ylabel() and f"12 of {(bins > 0).sum()} tokens" in ax.get_title()
 
+    def test_noise_and_the_nearest_cell(self):
+        noise = pd.DataFrame({"two draws of the ties": [0.1, 0.2], "nearest other cell": [0.3, 0.4]})
+        ax = plots.noise_distances(noise).axes[0]
+        assert legend(ax) == list(noise) and "distance" in ax.get_xlabel() and ax.get_ylabel() == "share of cells"
+        assert ax.lines[0].get_xdata()[1:].tolist() == [0.1, 0.2]
+
     def test_tokens_of_a_cell_with_few_genes(self, embedded):
         row = np.flatnonzero(embedded.layers["bins"].getnnz(axis=1) < 400)[0]
         n = embedded.layers["bins"][row].getnnz()

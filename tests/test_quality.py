@@ -11,13 +11,14 @@ from scsae_utils.concepts import add_taxonomy, concept_data
 from scsae_utils.controls import compare_penalties, taxonomy_nulls, types_found
 from scsae_utils.quality import (
     compare_embeddings,
+    embedding_noise,
     knn_accuracy,
     knn_transfer,
     principal_components,
     random_embedding,
-    tie_noise,
 )
-from scsae_utils.sae import SAEConfig, train_sae
+from scsae_utils.sae import SAEConfig
+from scsae_utils.training import train_sae
 
 SMALL = SAEConfig("topk", n_concepts=16, batch_size=64, learning_rate=1e-2, epochs=5, k=2)
 
@@ -67,12 +68,14 @@ def test_comparison_has_every_study_and_the_three_embeddings(embedded, tiny_mode
 
 
 def test_ties_are_noise_only_if_there_are_ties(embedded, tiny_model):
-    noise = tie_noise(embedded, tiny_model, n_cells=30)
-    assert noise["between_draws"] > 0 and 0 <= noise["share_confused"] <= 1
+    noise = embedding_noise(embedded, tiny_model, n_cells=30)
+    assert noise.shape == (30, 4) and (noise > 0).all(axis=None)
     untied = embedded[:30].copy()
     rng = np.random.default_rng(0)
     untied.X.data = rng.permutation(len(untied.X.data)).astype(np.float32) + 1
-    assert tie_noise(untied, tiny_model, n_cells=30)["between_draws"] == pytest.approx(0, abs=1e-6)
+    still = embedding_noise(untied, tiny_model, n_cells=30)
+    assert still["two draws of the ties"].max() < 1e-6
+    assert still["bfloat16"].median() > still["float16"].median() > 0
 
 
 def test_types_are_found_by_concepts_chosen_on_training_cells():

@@ -1,7 +1,7 @@
 """One function for each kind of figure; each returns a matplotlib ``Figure`` and says which of the paper's it is."""
 # ruff: noqa: F401
 
-from .cells import cell_tokens_bars, umap_studies, umap_types, umap_values
+from .cells import cell_tokens_bars, noise_distances, umap_studies, umap_types, umap_values
 from .dictionary import cells_per_concept, concepts_per_cell, frequency_and_activation, training_curves
 from .genes import attribution_heatmap, attribution_strip, deletion, volcano, word_cloud
 from .style import GREY, HIGH_COLORS, KIND_COLORS, OTHER_COLORS, legend_below, palette, set_style, umap_axes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 from matplotlib.figure import Figure
 
@@ -62,4 +63,14 @@ def cell_tokens_bars(adata: AnnData, cell: str, n: int = 40) -> Figure:
         title=f"{cell}: {n} of {int((bins > 0).sum())} tokens, highest bins first",
         xlim=(-0.7, n - 0.3),
     )
+    return fig
+
+
+def noise_distances(noise: pd.DataFrame) -> Figure:
+    """Distances of :func:`scsae_utils.quality.embedding_noise`: the share of cells that moved at most so far."""
+    fig, ax = plt.subplots(figsize=(6, 3.6))
+    for (name, distances), color in zip(noise.items(), ["#D55E00", "#0072B2", "#56B4E9", "black"]):
+        ax.ecdf(distances[distances > 0], label=name, color=color, ls="--" if name == noise.columns[-1] else "-")
+    ax.set(xscale="log", xlabel="Euclidean distance in the embedding", ylabel="share of cells", ylim=(0, 1.02))
+    legend_below(ax, "what lies between", columns=2)
     return fig
