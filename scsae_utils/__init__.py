@@ -10,7 +10,7 @@ PUBLIC = {
     "load_cells": "cells",
     "load_model": "scgpt",
     "embed": "embedding",
-    "train_sae": "sae",
+    "train_sae": "training",
     "attribute": "attribution",
 }
 __all__ = list(PUBLIC)

@@ -13,8 +13,9 @@ from sklearn.preprocessing import normalize
 from .cells import LEVELS, UNASSIGNED
 from .concepts import KINDS, add_taxonomy, concept_data, kept, score_types, variance_explained
 from .quality import principal_components, random_embedding
-from .sae import SAE, SAEConfig, train_sae
+from .sae import SAE, SAEConfig
 from .scgpt import ScGPT
+from .training import train_sae
 
 
 def compare_penalties(adata: AnnData, config: SAEConfig, min_frequency: float, penalties) -> pd.DataFrame:

@@ -12,8 +12,9 @@ from .concepts import add_taxonomy, best_concept_for_type, check_concept, concep
 from .curves import concepts_of_gene
 from .embedding import add_umap, embed
 from .files import read, run_folder
-from .sae import SAE, SAEConfig, load_sae, train_sae
+from .sae import SAE, SAEConfig, load_sae
 from .scgpt import ScGPT, load_model
+from .training import train_sae
 
 
 @dataclass(frozen=True)

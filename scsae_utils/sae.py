@@ -1,17 +1,12 @@
-"""The sparse autoencoder: a dictionary of concepts for cell embeddings (paper Sec. 2.2, A.3).
+"""Sparse autoencoders: dictionaries of concepts for cell embeddings (paper Sec. 2.2, A.3).
 
 ``u = f(a)`` are a cell's concept activations, ``a' = g(u) = u W_d + b_d`` its reconstruction; every concept's row of
-``W_d`` has unit norm. Architectures differ in how ``f`` is made sparse:
-
-- ``paper``: ReLU, and an L1 penalty on the activations in the loss;
-- ``topk``: the k largest activations of each cell (Gao et al. 2024);
-- ``batchtopk``: on average k activations for each cell, the largest of a batch while training; afterwards those above
-  a fixed threshold, so that a cell's concepts do not depend on its batch (Bussmann et al. 2024).
+``W_d`` has unit norm. A :class:`Dictionary` is what every other module asks for; :mod:`scsae_utils.training` trains
+the architectures of this module, :mod:`scsae_utils.dictionaries` has the references that they are compared with.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,14 +15,10 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from anndata import AnnData
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from scipy import sparse
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-
-ARCHITECTURES = ("paper", "topk", "batchtopk")
 
 
 @dataclass(frozen=True)
@@ -37,7 +28,8 @@ class SAEConfig:
     Parameters
     ----------
     sae
-        Architecture: ``paper``, ``topk`` or ``batchtopk``.
+        Architecture: ``paper`` (:class:`SAE`), ``topk`` (:class:`TopK`), ``batchtopk`` (:class:`BatchTopK`),
+        ``matryoshka`` (:class:`Matryoshka`) or ``jumprelu`` (:class:`JumpReLU`).
     n_concepts
         Size c of the dictionary.
     batch_size, learning_rate, epochs
@@ -45,12 +37,32 @@ class SAEConfig:
     l1
         Weight lambda_s of the L1 penalty (``paper`` only).
     k
-        Active concepts of a cell (``topk``), on average (``batchtopk``).
+        Active concepts of a cell (``topk``), on average (``batchtopk``, ``matryoshka``), or the number that the
+        penalty aims at (``jumprelu``).
+    prefixes
+        Shares of the dictionary, rising to 1, that must each reconstruct the cell alone (``matryoshka`` only).
+    l0, bandwidth
+        Weight of the penalty on the number of active concepts, and width of the window around a threshold in which
+        activations move it (``jumprelu`` only).
     dead_epochs
         A concept that was silent for so many epochs is dead, and is trained to explain what the living ones leave
-        (``topk`` and ``batchtopk``; the auxiliary loss of Gao et al. 2024). 0 switches this off.
+        (the auxiliary loss of Gao et al. 2024; all but ``paper``, which leaves the dead as they are). 0: never.
+    aux
+        Weight of that loss.
+    warmup, decay
+        Share of all steps in which the learning rate and the penalties (``l1``, ``l0``) rise from 0 at the start, and
+        in which the learning rate falls to 0 at the end.
+    patience
+        Training stops after so many epochs without a lower loss on held-out cells, and the weights of the best epoch
+        are taken. 0: it never stops early.
+    precision
+        ``fp32``, or ``bf16`` for the matrix products of training (weights and optimiser stay fp32).
+    train_decoder
+        False leaves the concept vectors as they were drawn, and trains the rest: a control.
+    order_seed
+        Of the order of the cells. It is not ``seed``, so that dictionaries of several seeds can share a pass.
     seed
-        Of the start and of the order of the cells.
+        Of the start of the weights.
     """
 
     sae: str = "paper"
@@ -60,52 +72,78 @@ class SAEConfig:
     epochs: int = 1000
     l1: float = 5e-5
     k: int = 32
+    prefixes: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    l0: float = 1.0
+    bandwidth: float = 0.01
     dead_epochs: int = 10
+    aux: float = 1 / 32
+    warmup: float = 0.0
+    decay: float = 0.0
+    patience: int = 0
+    precision: str = "fp32"
+    train_decoder: bool = True
+    order_seed: int = 0
     seed: int = 0
 
     def __post_init__(self):
+        object.__setattr__(self, "prefixes", tuple(self.prefixes))  # a list, when read from a file
         if self.sae not in ARCHITECTURES:
             raise ValueError(f"sae must be one of {', '.join(ARCHITECTURES)}, not {self.sae!r}")
         for name in ("n_concepts", "batch_size", "epochs", "k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.learning_rate > 0 or self.l1 < 0 or self.dead_epochs < 0:
-            raise ValueError("learning_rate must be positive, l1 and dead_epochs must not be negative")
+        for name in ("learning_rate", "bandwidth"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("l1", "l0", "aux", "dead_epochs", "patience", "warmup", "decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"warmup and decay are shares of the steps: {self.warmup} + {self.decay} is more than 1")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be fp32 or bf16, not {self.precision!r}")
         if self.sae != "paper" and self.k > self.n_concepts:
             raise ValueError(f"k = {self.k} active concepts out of n_concepts = {self.n_concepts} cannot be")
+        rising = all(a < b for a, b in zip((0, *self.prefixes), self.prefixes))
+        if not rising or not self.prefixes or self.prefixes[-1] != 1:
+            raise ValueError(f"prefixes must be rising shares that end with 1, not {self.prefixes}")
 
 
-class SAE(nn.Module):
-    """Encoder f and decoder g.
+class Dictionary(nn.Module):
+    """Concept vectors, and a linear encoder whose activations count above a threshold.
 
     Parameters
     ----------
     config
-        Size and architecture.
+        How it was made; has ``n_concepts``.
     dim
         Width d of the cell embedding.
 
     Attributes
     ----------
     W_e (d, c), b_e (c,), W_d (c, d), b_d (d,)
-        As in the paper; rows of ``W_d`` have unit norm.
+        As in the paper.
     threshold
-        Activations at or below it are zero after training (``batchtopk``; else 0).
+        Activations at or below it are zero.
+    vectors
+        (c, d) array of the concept vectors, the rows of W_d.
     history
-        Table of training: epoch, loss, variance_explained (training cells), concepts_per_cell.
+        Table of training, one row an epoch; empty where nothing was trained in epochs.
     """
 
-    def __init__(self, config: SAEConfig, dim: int):
+    def __init__(self, config, dim: int):
         super().__init__()
         self.config = config
-        generator = torch.Generator().manual_seed(config.seed)
-        directions = F.normalize(torch.randn(config.n_concepts, dim, generator=generator), dim=1)
-        self.W_d = nn.Parameter(directions)
-        self.W_e = nn.Parameter(directions.T.contiguous().clone())
+        self.W_d = nn.Parameter(torch.zeros(config.n_concepts, dim))
+        self.W_e = nn.Parameter(torch.zeros(dim, config.n_concepts))
         self.b_e = nn.Parameter(torch.zeros(config.n_concepts))
         self.b_d = nn.Parameter(torch.zeros(dim))
         self.register_buffer("threshold", torch.zeros(()))
         self.history = pd.DataFrame()
+
+    @property
+    def vectors(self) -> np.ndarray:
+        return self.W_d.detach().cpu().numpy().copy()
 
     def pre_activations(self, a: Tensor) -> Tensor:
         """(n, c) activations before they are made sparse beyond the ReLU."""
@@ -114,11 +152,7 @@ class SAE(nn.Module):
     def encode(self, a: Tensor) -> Tensor:
         """Concept activations u = f(a), (n, c), of cell embeddings a (n, d)."""
         u = self.pre_activations(a)
-        if self.config.sae == "topk":
-            return keep_largest(u, self.config.k * len(u), per_row=True)
-        if self.config.sae == "batchtopk":
-            return u * (u > self.threshold)
-        return u
+        return u * (u > self.threshold)
 
     def decode(self, u: Tensor) -> Tensor:
         """Reconstruction a' = g(u), (n, d), of concept activations u (n, c)."""
@@ -139,153 +173,147 @@ class SAE(nn.Module):
             ]
         return sparse.vstack(parts, format="csr")
 
+    @torch.no_grad()
+    def calibrate(self, a: Tensor, k: int) -> None:
+        """Set the threshold so that the cells a (n, d) have ``k`` active concepts on average."""
+        u = self.pre_activations(a).flatten()
+        if k * len(a) < len(u):
+            self.threshold.copy_(u.topk(k * len(a) + 1).values[-1])
+
+
+class SAE(Dictionary):
+    """The paper's: ReLU, and an L1 penalty on the activations. The other architectures derive from it.
+
+    Concept vectors start at random directions, and the encoder as their transpose.
+    """
+
+    def __init__(self, config: SAEConfig, dim: int):
+        if type(self) is not ARCHITECTURES[config.sae]:
+            raise TypeError(f"{type(self).__name__} is not {config.sae!r}: make_sae chooses the class")
+        super().__init__(config, dim)
+        generator = torch.Generator().manual_seed(config.seed)
+        with torch.no_grad():
+            self.W_d.copy_(F.normalize(torch.randn(config.n_concepts, dim, generator=generator), dim=1))
+            self.W_e.copy_(self.W_d.T)
+        self.W_d.requires_grad_(config.train_decoder)
+
+    def loss(self, a: Tensor, dead: Tensor, warm: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of a batch a (n, d), its activations (n, c), and what they leave unexplained (n, d).
+
+        ``MSE(a, a') + warm * l1 * mean over cells of ||u||_1``, the MSE being the mean over cells and coordinates.
+
+        Parameters
+        ----------
+        dead
+            (c,) mask of the concepts to be revived; the paper revives none.
+        warm
+            Share of the penalty that counts, for its warm-up.
+        """
+        u = self.pre_activations(a)
+        rest = a - self.decode(u)
+        return rest.pow(2).mean() + warm * self.config.l1 * u.sum(1).mean(), u, rest
+
+    def revival(self, a: Tensor, rest: Tensor, dead: Tensor) -> Tensor | float:
+        """``aux * MSE(rest, reconstruction of it by the dead alone)``; at most 2 k of them for each cell."""
+        if not dead.any():
+            return 0.0
+        idle = ((a - self.b_d) @ self.W_e[:, dead] + self.b_e[dead]).relu()
+        idle = keep_largest(idle, min(2 * self.config.k, idle.shape[1]) * len(a), per_row=True)
+        return self.config.aux * (rest.detach() - idle @ self.W_d[dead]).pow(2).mean()
+
+
+class TopK(SAE):
+    """The k largest activations of each cell (Gao et al. 2024)."""
+
+    def encode(self, a: Tensor) -> Tensor:
+        return self.keep(self.pre_activations(a))
+
+    def keep(self, u: Tensor) -> Tensor:
+        """The activations (n, c) that count in training."""
+        return keep_largest(u, self.config.k * len(u), per_row=True)
+
+    def loss(self, a: Tensor, dead: Tensor, warm: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """``MSE(a, a')``, and the revival of dead concepts; see :meth:`SAE.loss`."""
+        u = self.keep(self.pre_activations(a))
+        rest = a - self.decode(u)
+        return rest.pow(2).mean() + self.revival(a, rest, dead), u, rest
+
+
+class BatchTopK(TopK):
+    """On average k activations for each cell: the largest of a batch in training (Bussmann et al. 2024).
+
+    Afterwards those above one threshold, so that a cell's concepts do not depend on its batch. It is set on training
+    cells, to k activations on average.
+    """
+
+    encode = Dictionary.encode
+
+    def keep(self, u: Tensor) -> Tensor:
+        return keep_largest(u, self.config.k * len(u))
+
+
+class Matryoshka(BatchTopK):
+    """BatchTopK in which the first concepts must also do without the later ones (Bussmann et al. 2025).
+
+    So the first ones are general, and are not split up when the dictionary grows.
+    """
+
+    def loss(self, a: Tensor, dead: Tensor, warm: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean over ``prefixes`` of ``MSE(a, reconstruction by the first concepts)``, and the revival of dead ones."""
+        u = self.keep(self.pre_activations(a))
+        rest, start, errors = a - self.b_d, 0, []
+        for end in sorted({max(1, round(share * u.shape[1])) for share in self.config.prefixes}):
+            rest = rest - u[:, start:end] @ self.W_d[start:end]
+            errors.append(rest.pow(2).mean())
+            start = end
+        return torch.stack(errors).mean() + self.revival(a, rest, dead), u, rest
+
+
+class JumpReLU(SAE):
+    """Activations above a threshold of their concept, which is learned (Rajamanoharan et al. 2024).
+
+    A step has no gradient, so a threshold t gets that of a straight line of width ``bandwidth`` around it.
+    """
+
+    def __init__(self, config: SAEConfig, dim: int):
+        super().__init__(config, dim)
+        self.log_threshold = nn.Parameter(torch.full((config.n_concepts,), config.bandwidth).log())
+
+    def encode(self, a: Tensor) -> Tensor:
+        u = self.pre_activations(a)
+        return u * (u > self.log_threshold.exp())
+
+    def loss(self, a: Tensor, dead: Tensor, warm: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """``MSE(a, a') / Var(a) + warm * l0 * (L0 / k - 1)^2`` and the revival of dead concepts; see :meth:`SAE.loss`.
+
+        Var(a) is the mean squared distance of a coordinate from its mean over the batch, L0 the mean number of active
+        concepts of a cell.
+        """
+        pre, t = self.pre_activations(a), self.log_threshold.exp()
+        ramp = ((pre.detach() - t) / self.config.bandwidth + 0.5).clamp(0, 1)
+        slope = ramp - ramp.detach()  # 0, with the gradient of the ramp
+        on = (pre > t).to(pre.dtype)
+        u = pre * on + t.detach() * slope
+        rest = a - self.decode(u)
+        n_active = (on + slope).sum(1).mean()
+        scale = (a - a.mean(0)).pow(2).mean().clamp_min(1e-12)
+        loss = (rest.pow(2).mean() + self.revival(a, rest, dead)) / scale
+        return loss + warm * self.config.l0 * (n_active / self.config.k - 1).pow(2), u, rest
+
+
+ARCHITECTURES = {"paper": SAE, "topk": TopK, "batchtopk": BatchTopK, "matryoshka": Matryoshka, "jumprelu": JumpReLU}
+
+
+def make_sae(config: SAEConfig, dim: int) -> SAE:
+    """An untrained dictionary of the architecture ``config.sae`` for embeddings of width ``dim``."""
+    return ARCHITECTURES[config.sae](config, dim)
+
 
 def keep_largest(u: Tensor, n: int, per_row: bool = False) -> Tensor:
     """Zero all but the ``n`` largest entries of u, over the whole batch or ``n / len(u)`` in each row."""
     flat = u if per_row else u.flatten()
     values, where = flat.topk(min(n // len(u) if per_row else n, flat.shape[-1]), dim=-1)
     return torch.zeros_like(flat).scatter(-1, where, values).view_as(u)
-
-
-def training_loss(sae: SAE, a: Tensor, dead: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of a batch (n, d) and its activations (n, c).
-
-    ``paper``: MSE(a, a') + l1 * mean over cells of ||u||_1, the MSE being the mean over cells and coordinates.
-    Others: MSE(a, a') + 1/32 MSE(a - a', reconstruction of the rest by ``dead`` (c,) concepts alone).
-    """
-    config = sae.config
-    u = sae.pre_activations(a)
-    if config.sae == "paper":
-        return F.mse_loss(sae.decode(u), a) + config.l1 * u.sum(1).mean(), u
-    active = keep_largest(u, config.k * len(a), per_row=config.sae == "topk")
-    rest = a - sae.decode(active)
-    loss = rest.pow(2).mean()
-    if dead.any():
-        idle = ((a - sae.b_d) @ sae.W_e[:, dead] + sae.b_e[dead]).relu()
-        idle = keep_largest(idle, min(2 * config.k, idle.shape[1]) * len(a), per_row=True)
-        loss = loss + (rest.detach() - idle @ sae.W_d[dead]).pow(2).mean() / 32
-    return loss, active
-
-
-def train_sae(
-    cells: AnnData | np.ndarray,
-    config: SAEConfig | None = None,
-    key: str = "X_scGPT",
-    checkpoint: str | Path | None = None,
-    checkpoint_every: int = 50,
-    progress: bool = True,
-    **settings,
-) -> SAE:
-    """Train a dictionary on cell embeddings.
-
-    Parameters
-    ----------
-    cells
-        AnnData with embeddings in ``obsm[key]``; if ``obs["split"]`` is there, only its ``"train"`` cells are used.
-        Or an array (n, d).
-    config
-        Or its fields as keywords: ``train_sae(adata, sae="batchtopk", n_concepts=512, k=12)``.
-    checkpoint
-        File that training is kept in every ``checkpoint_every`` epochs and goes on from, if it stopped; the result
-        is the same as without a stop. It is deleted at the end.
-
-    Returns
-    -------
-    SAE in evaluation mode, with its ``history``.
-
-    Raises
-    ------
-    ValueError
-        Settings that cannot be; embeddings that are not finite; fewer than two cells; a checkpoint of another run.
-    """
-    if config is not None and settings:
-        raise ValueError("give a config or its fields, not both")
-    config = config or SAEConfig(**settings)
-    if isinstance(cells, AnnData):
-        if key not in cells.obsm:
-            raise ValueError(
-                f"obsm has no {key!r}: run scsae_utils.embed first (obsm has: {', '.join(cells.obsm) or 'nothing'})"
-            )
-        train = (cells.obs["split"] == "train").to_numpy() if "split" in cells.obs else slice(None)
-        cells = cells.obsm[key][train]
-    data = torch.from_numpy(np.ascontiguousarray(cells, np.float32))
-    if data.ndim != 2 or len(data) < 2:
-        raise ValueError(f"needs a matrix of at least two cell embeddings, got shape {tuple(data.shape)}")
-    if not data.isfinite().all():
-        raise ValueError("cell embeddings hold NaN or infinite values")
-
-    torch.set_flush_denormal(True)  # the optimiser's moments of silent concepts would slow every step tenfold
-    sae = SAE(config, data.shape[1])
-    with torch.no_grad():
-        sae.b_d.copy_(geometric_median(data))
-    optimizer = torch.optim.Adam(sae.parameters(), lr=config.learning_rate)
-    silent = torch.zeros(config.n_concepts)  # epochs since a concept was last active
-    history: list[dict] = []
-    first = 0
-    digest = hashlib.sha256(data.numpy()).hexdigest() if checkpoint is not None else ""
-    if checkpoint is not None and Path(checkpoint).is_file():
-        first, silent, history = load_checkpoint(checkpoint, sae, optimizer, digest)
-    total = (data - data.mean(0)).pow(2).sum().item()
-    bar = tqdm(
-        range(first, config.epochs),
-        initial=first,
-        total=config.epochs,
-        desc="training SAE",
-        unit="epoch",
-        disable=not progress,
-    )
-    for epoch in bar:
-        order = torch.from_numpy(np.random.default_rng([config.seed, epoch]).permutation(len(data)))
-        fired = torch.zeros(config.n_concepts, dtype=torch.bool)
-        losses = error = active = 0.0
-        for rows in order.split(config.batch_size):
-            a = data[rows]
-            loss, u = training_loss(sae, a, silent >= config.dead_epochs if config.dead_epochs else silent < 0)
-            optimizer.zero_grad()
-            loss.backward()
-            with torch.no_grad():  # the history is of the weights that the loss is of
-                fired |= (u > 0).any(0)
-                losses += loss.item() * len(a)
-                error += (sae.decode(u) - a).pow(2).sum().item()
-                active += (u > 0).sum().item()
-                if config.sae == "batchtopk":  # running mean of the smallest activation that was kept
-                    smallest = u[u > 0].min() if (u > 0).any() else sae.threshold
-                    sae.threshold.copy_(smallest if epoch == 0 else 0.99 * sae.threshold + 0.01 * smallest)
-            step(sae, optimizer)
-        silent = torch.where(fired, torch.zeros_like(silent), silent + 1)
-        history.append(
-            {
-                "epoch": epoch + 1,
-                "loss": losses / len(data),
-                "variance_explained": 1 - error / total,
-                "concepts_per_cell": active / len(data),
-            }
-        )
-        bar.set_postfix(variance_explained=f"{history[-1]['variance_explained']:.3f}", refresh=False)
-        if checkpoint is not None and (epoch + 1) % checkpoint_every == 0 and epoch + 1 < config.epochs:
-            save_checkpoint(checkpoint, sae, optimizer, epoch + 1, silent, history, digest)
-    if checkpoint is not None:
-        Path(checkpoint).unlink(missing_ok=True)
-    sae.history = pd.DataFrame(history)
-    return sae.eval().requires_grad_(False)
-
-
-def step(sae: SAE, optimizer: torch.optim.Optimizer) -> None:
-    """One step that keeps every concept's vector on the unit sphere: the gradient along it is removed first."""
-    with torch.no_grad():
-        along = (sae.W_d.grad * sae.W_d).sum(1, keepdim=True)
-        sae.W_d.grad -= along * sae.W_d
-        optimizer.step()
-        sae.W_d.copy_(F.normalize(sae.W_d, dim=1))
-
-
-def geometric_median(x: Tensor, iterations: int = 50) -> Tensor:
-    """Point (d,) with the least sum of distances to the rows of x (n, d) (Weiszfeld's method): the start of ``b_d``."""
-    y = x.mean(0)
-    for _ in range(iterations):
-        weight = 1 / (x - y).norm(dim=1).clamp_min(1e-8)
-        y = (weight[:, None] * x).sum(0) / weight.sum()
-    return y
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict) -> None:
@@ -308,18 +336,18 @@ def read_metadata(path: str | Path) -> dict:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def save_sae(sae: SAE, path: str | Path) -> None:
+def save_sae(sae: Dictionary, path: str | Path) -> None:
     """Write the weights (safetensors) with configuration and training history."""
     write_tensors(path, sae.state_dict(), {"config": asdict(sae.config), "history": sae.history.to_dict("list")})
 
 
-def load_sae(path: str | Path) -> SAE:
+def load_sae(path: str | Path) -> Dictionary:
     """Open what :func:`save_sae` wrote.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        No such file; not an SAE of this package; tensors missing or of the wrong shape.
+        No such file; not a dictionary of this package; tensors missing or of the wrong shape.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no SAE at {str(path)!r}: run chapter 02_sae (or `make book`) first")
@@ -330,41 +358,9 @@ def load_sae(path: str | Path) -> SAE:
     if "b_d" not in tensors:
         raise ValueError(f"{path} lacks the tensor b_d")
     try:
-        sae = SAE(SAEConfig(**metadata["config"]), len(tensors["b_d"]))
+        sae = make_sae(SAEConfig(**metadata["config"]), len(tensors["b_d"]))
         sae.load_state_dict(tensors)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{path} does not fit its configuration: {error}") from error
     sae.history = pd.DataFrame(metadata.get("history", {}))
     return sae.eval().requires_grad_(False)
-
-
-def save_checkpoint(
-    path, sae: SAE, optimizer, epoch: int, silent: Tensor, history: list[dict], digest: str = ""
-) -> None:
-    """Everything that training needs to go on as if it had not stopped; ``digest`` is of the cells' embeddings."""
-    state = optimizer.state_dict()["state"]
-    tensors = (
-        dict(sae.state_dict())
-        | {f"adam.{i}.{k}": v for i, s in state.items() for k, v in s.items()}
-        | {"silent": silent}
-    )
-    metadata = {"config": asdict(sae.config), "epoch": epoch, "history": history, "digest": digest}
-    write_tensors(path, tensors, metadata)
-
-
-def load_checkpoint(path, sae: SAE, optimizer, digest: str = "") -> tuple[int, Tensor, list[dict]]:
-    """Put a checkpoint back; returns the epochs done, the silence of each concept and the history."""
-    metadata = read_metadata(path)
-    if metadata.get("config") != asdict(sae.config):
-        raise ValueError(f"the checkpoint {path} is of a run with other settings: delete it to start anew")
-    if metadata.get("digest") != digest:
-        raise ValueError(f"the checkpoint {path} is of a run on other embeddings: delete it to start anew")
-    tensors = load_file(path)
-    sae.load_state_dict({k: tensors[k] for k in sae.state_dict()})
-    groups = optimizer.state_dict()["param_groups"]
-    state: dict[int, dict] = {}
-    for name in (n for n in tensors if n.startswith("adam.")):
-        _, i, key = name.split(".", 2)
-        state.setdefault(int(i), {})[key] = tensors[name]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return metadata["epoch"], tensors["silent"], metadata["history"]

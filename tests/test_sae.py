@@ -1,10 +1,4 @@
-"""The sparse autoencoder: losses by hand, sparsity, recovery of a planted dictionary, stopping and going on."""
-
-import os
-import signal
-import subprocess
-import sys
-import time
+"""The architectures: losses by hand, sparsity, files, settings."""
 
 import numpy as np
 import pandas as pd
@@ -14,18 +8,8 @@ from anndata import AnnData
 from safetensors.torch import load_file, save_file
 
 from scsae_utils import sae as module
-from scsae_utils.sae import (
-    ARCHITECTURES,
-    SAE,
-    SAEConfig,
-    geometric_median,
-    keep_largest,
-    load_sae,
-    read_metadata,
-    save_sae,
-    train_sae,
-    training_loss,
-)
+from scsae_utils.sae import ARCHITECTURES, SAE, SAEConfig, keep_largest, load_sae, make_sae, read_metadata, save_sae
+from scsae_utils.training import train_sae
 
 QUICK = {"n_concepts": 12, "k": 3, "learning_rate": 3e-3, "batch_size": 32, "epochs": 6, "progress": False}
 
@@ -39,7 +23,7 @@ def data(n=100, dim=8, seed=0) -> np.ndarray:
 
 def random_sae(sae="paper", seed=0, **config) -> SAE:
     """Weights with nothing at its start."""
-    model = SAE(SAEConfig(sae=sae, n_concepts=12, k=3, **config), 8)
+    model = make_sae(SAEConfig(sae=sae, n_concepts=12, k=3, **config), 8)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in (model.W_e, model.b_e, model.b_d):
@@ -66,7 +50,7 @@ class TestFormulas:
         W_e, b_e, W_d, b_d = (getattr(sae, name).detach().numpy() for name in ("W_e", "b_e", "W_d", "b_d"))
         u = np.maximum((a - b_d) @ W_e + b_e, 0)
         expected = ((u @ W_d + b_d - a) ** 2).mean() + 0.01 * np.abs(u).sum(1).mean()
-        loss, active = training_loss(sae, torch.from_numpy(a), torch.zeros(12, dtype=torch.bool))
+        loss, active, _ = sae.loss(torch.from_numpy(a), torch.zeros(12, dtype=torch.bool))
         assert loss.item() == pytest.approx(expected, rel=1e-5)
         np.testing.assert_allclose(active.detach(), u, atol=1e-5)
 
@@ -78,9 +62,9 @@ class TestFormulas:
         living = np.where(u >= np.sort(u, axis=1)[:, [-3]], u, 0)
         rest = a - (living @ W_d + b_d)
         dead = np.arange(12) >= 9
-        loss, _ = training_loss(sae, torch.from_numpy(a), torch.zeros(12, dtype=torch.bool))
+        loss, *_ = sae.loss(torch.from_numpy(a), torch.zeros(12, dtype=torch.bool))
         assert loss.item() == pytest.approx((rest**2).mean(), rel=1e-5)
-        loss, _ = training_loss(sae, torch.from_numpy(a), torch.from_numpy(dead))
+        loss, *_ = sae.loss(torch.from_numpy(a), torch.from_numpy(dead))
         expected = (rest**2).mean() + ((rest - u[:, dead] @ W_d[dead]) ** 2).mean() / 32
         assert loss.item() == pytest.approx(expected, rel=1e-5)
 
@@ -89,106 +73,6 @@ class TestFormulas:
         assert keep_largest(u, 2, per_row=True).tolist() == [[5, 0, 0], [3, 0, 0]]  # 2 in 2 rows: one each
         assert keep_largest(u, 2).tolist() == [[5, 0, 4], [0, 0, 0]]  # 2 of the whole batch
         assert keep_largest(u, 99).tolist() == u.tolist()
-
-    def test_geometric_median_resists_outliers(self):
-        """Of the corners of a square and its centre it is the centre; one far point does not draw it away."""
-        corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])
-        torch.testing.assert_close(geometric_median(corners + 7), torch.tensor([7.0, 7]))
-        line = torch.tensor([[0.0], [1], [2], [3], [1000]])  # on a line it is the median
-        torch.testing.assert_close(geometric_median(line, 500), torch.tensor([2.0]), atol=0.01, rtol=0)
-
-    def test_geometric_median_leaves_a_point_it_starts_on(self):
-        """The mean of these is the first point, the median is 1."""
-        points = torch.tensor([[0.0], [1], [1], [1], [-3]])
-        torch.testing.assert_close(geometric_median(points), torch.tensor([1.0]), atol=0.01, rtol=0)
-
-
-class TestTraining:
-    @pytest.mark.parametrize("sae", ARCHITECTURES)
-    def test_each_concept_has_unit_norm(self, sae):
-        """The trap: W_d is (concepts, width), so the norm is along axis 1; along axis 0 it is of no meaning."""
-        trained = train_sae(data(), sae=sae, **QUICK)
-        W_d = trained.W_d.numpy()
-        assert W_d.shape == (12, 8)
-        np.testing.assert_allclose(np.linalg.norm(W_d, axis=1), 1, rtol=1e-5)
-        assert np.abs(np.linalg.norm(W_d, axis=0) - 1).max() > 0.05
-
-    @pytest.mark.parametrize("sae", ARCHITECTURES)
-    def test_learns_and_keeps_its_history(self, sae):
-        trained = train_sae(data(), sae=sae, **(QUICK | {"epochs": 60}))
-        history = trained.history
-        assert history["epoch"].tolist() == list(range(1, 61))
-        assert history["loss"].iloc[-1] < 0.7 * history["loss"].iloc[0]
-        assert history["variance_explained"].iloc[-1] > 0.6
-        assert not trained.training and not any(p.requires_grad for p in trained.parameters())
-
-    def test_history_is_of_the_weights_before_each_step(self):
-        """One epoch of one batch: what the untrained dictionary explains, by hand."""
-        a = data(50)
-        trained = train_sae(a, sae="topk", **(QUICK | {"epochs": 1, "batch_size": 50}))
-        start = SAE(trained.config, 8)
-        with torch.no_grad():
-            start.b_d.copy_(geometric_median(torch.from_numpy(a)))
-            error = ((start.decode(start.encode(torch.from_numpy(a))).numpy() - a) ** 2).sum()
-        row = trained.history.iloc[0]
-        assert row["variance_explained"] == pytest.approx(1 - error / ((a - a.mean(0)) ** 2).sum(), rel=1e-4)
-        assert row["loss"] == pytest.approx(error / a.size, rel=1e-4)
-
-    def test_is_the_same_each_time_and_another_with_another_seed(self):
-        one, same, other = (weights(train_sae(data(), sae="topk", seed=s, **QUICK)) for s in (1, 1, 2))
-        assert all((one[name] == same[name]).all() for name in one)
-        assert np.abs(one["W_d"] - other["W_d"]).max() > 0.1
-
-    def test_recovers_a_planted_dictionary(self):
-        """10 directions, 2 of them in each cell: each is found by some concept."""
-        rng = np.random.default_rng(0)
-        truth = np.linalg.qr(rng.normal(size=(16, 16)))[0][:10]
-        u = np.zeros((800, 10))
-        for row in u:
-            row[rng.choice(10, 2, replace=False)] = rng.uniform(0.5, 1.5, 2)
-        a = u @ truth + 0.01 * rng.normal(size=(800, 16))
-        trained = train_sae(
-            a, sae="topk", n_concepts=24, k=2, learning_rate=1e-2, batch_size=200, epochs=150, progress=False
-        )
-        best = (truth @ trained.W_d.numpy().T).max(axis=1)
-        assert (best > 0.9).sum() >= 9
-        assert trained.history["variance_explained"].iloc[-1] > 0.9
-
-    def test_dead_concepts_are_revived(self, monkeypatch):
-        """Eight kinds of cells, and all but four concepts start too weak to be chosen: the rest is left unexplained,
-        unless the dead concepts are trained on it."""
-        a = 3 * np.eye(8)[np.arange(160) % 8] + 0.1 * np.random.default_rng(0).normal(size=(160, 8))
-        start = SAE.__init__
-
-        def weak(self, config, dim):
-            start(self, config, dim)
-            with torch.no_grad():
-                self.b_e[:4] += 1
-                self.W_e[:, 4:] *= 0.01
-
-        monkeypatch.setattr(SAE, "__init__", weak)
-        settings = QUICK | {"sae": "batchtopk", "k": 1, "learning_rate": 0.01, "epochs": 100}
-        without, revived = (train_sae(a, dead_epochs=n, **settings) for n in (0, 2))
-        alive, after = ((sae.activations(a).getnnz(axis=0) > 0).sum() for sae in (without, revived))
-        assert alive == 4 and after >= 7
-        assert (
-            without.history["variance_explained"].iloc[-1] < 0.7 < 0.95 < revived.history["variance_explained"].iloc[-1]
-        )
-
-    def test_only_training_cells_are_used(self):
-        cells = AnnData(np.zeros((100, 1), np.float32), obsm={"X_scGPT": data()})
-        cells.obs["split"] = pd.Categorical(["train"] * 70 + ["validation"] * 30)
-        one = train_sae(cells, sae="batchtopk", **QUICK)
-        cells.obsm["X_scGPT"][70:] = 1e6
-        other = train_sae(cells, sae="batchtopk", **QUICK)
-        alone = train_sae(data()[:70], sae="batchtopk", **QUICK)
-        for name, tensor in weights(one).items():
-            assert (tensor == weights(other)[name]).all() and (tensor == weights(alone)[name]).all()
-
-    def test_leaves_the_embeddings_as_they_are(self):
-        a = data()
-        train_sae(a, sae="topk", **QUICK)
-        assert (a == data()).all()
 
 
 class TestSparsity:
@@ -211,88 +95,6 @@ class TestSparsity:
         whole = trained.activations(data()).toarray()
         np.testing.assert_allclose(trained.activations(data()[[5]]).toarray(), whole[[5]], atol=1e-6)
         np.testing.assert_allclose(trained.activations(data(), batch_size=7).toarray(), whole, atol=1e-6)
-
-
-class TestStoppingAndGoingOn:
-    @pytest.fixture
-    def checkpoint(self, tmp_path):
-        return tmp_path / "folder" / "training.safetensors"
-
-    @pytest.mark.parametrize("sae", ARCHITECTURES)
-    def test_result_is_the_same_bit_for_bit(self, sae, checkpoint, monkeypatch):
-        settings = QUICK | {"sae": sae, "n_concepts": 60, "k": 1, "dead_epochs": 3}  # many are dead at the stop
-        whole = train_sae(data(), **settings)
-        steps, step = [], module.step
-
-        def stops(*arguments):
-            steps.append(1)
-            if len(steps) == 15:  # in the middle of the fourth epoch of four batches
-                raise KeyboardInterrupt
-            step(*arguments)
-
-        monkeypatch.setattr(module, "step", stops)
-        with pytest.raises(KeyboardInterrupt):
-            train_sae(data(), checkpoint=checkpoint, checkpoint_every=2, **settings)
-        assert read_metadata(checkpoint)["epoch"] == 2
-        again = train_sae(data(), checkpoint=checkpoint, checkpoint_every=2, **settings)
-        assert len(steps) == 15 + 16  # two epochs were not done again
-        assert all((tensor == weights(again)[name]).all() for name, tensor in weights(whole).items())
-        pd.testing.assert_frame_equal(again.history, whole.history)
-        assert not checkpoint.exists()
-
-    def test_after_a_kill(self, checkpoint, tmp_path):
-        """kill -9 between two checkpoints, or while one is written: the last whole one is used."""
-        np.save(tmp_path / "a.npy", data())
-        settings = QUICK | {"sae": "batchtopk", "epochs": 100_000}
-        code = (
-            "import sys, numpy as np; from scsae_utils import train_sae\n"
-            f"train_sae(np.load(sys.argv[1]), checkpoint=sys.argv[2], checkpoint_every=1, **{settings!r})"
-        )
-        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a.npy"), str(checkpoint)])
-        deadline = time.time() + 60
-        while not checkpoint.exists() and process.poll() is None and time.time() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.1)
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        done = read_metadata(checkpoint)["epoch"]
-        assert done >= 1
-        metadata = read_metadata(checkpoint)
-        metadata["config"]["epochs"] = done + 3  # go on for three epochs only
-        module.write_tensors(checkpoint, load_file(checkpoint), metadata)
-        again = train_sae(data(), checkpoint=checkpoint, **(settings | {"epochs": done + 3}))
-        whole = train_sae(data(), **(settings | {"epochs": done + 3}))
-        assert all((tensor == weights(again)[name]).all() for name, tensor in weights(whole).items())
-
-    @pytest.fixture
-    def stopped(self, checkpoint, monkeypatch):
-        """A checkpoint after two epochs."""
-        with monkeypatch.context() as patch:
-            save = module.save_checkpoint
-
-            def save_and_stop(*arguments):
-                save(*arguments)
-                raise KeyboardInterrupt
-
-            patch.setattr(module, "save_checkpoint", save_and_stop)
-            with pytest.raises(KeyboardInterrupt):
-                train_sae(data(), sae="topk", checkpoint=checkpoint, checkpoint_every=2, **QUICK)
-        return checkpoint
-
-    @pytest.mark.parametrize("change", [{"k": 2}, {"seed": 1}, {"epochs": 7}, {"n_concepts": 13}])
-    def test_other_settings_are_refused(self, stopped, change):
-        with pytest.raises(ValueError, match="of a run with other settings: delete it"):
-            train_sae(data(), sae="topk", checkpoint=stopped, **(QUICK | change))
-        assert stopped.exists()
-
-    def test_other_cells_are_refused(self, stopped):
-        with pytest.raises(ValueError, match="of a run on other embeddings: delete it"):
-            train_sae(data(seed=1), sae="topk", checkpoint=stopped, **QUICK)
-
-    def test_a_broken_checkpoint_is_refused(self, stopped):
-        stopped.write_bytes(stopped.read_bytes()[:100])
-        with pytest.raises(ValueError, match="cannot be read"):
-            train_sae(data(), sae="topk", checkpoint=stopped, **QUICK)
 
 
 class TestFiles:
@@ -337,7 +139,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "settings, message",
         [
-            ({"sae": "jumprelu"}, "one of paper, topk, batchtopk"),
+            ({"sae": "vanilla"}, "one of paper, topk, batchtopk"),
             ({"n_concepts": 0}, "n_concepts must be at least 1"),
             ({"batch_size": 0}, "batch_size"),
             ({"epochs": -3}, "epochs"),
