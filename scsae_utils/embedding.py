@@ -237,9 +237,10 @@ def embed(
         See :func:`bin_cells`.
     precision, device
         See :func:`at_precision`.
-    compat
-        ``"embed_data"``: bins and truncation as the genuine ``scgpt.tasks.embed_data`` draws them; see
-        :func:`scsae_utils.compat.draw_like_embed_data`, also for ``workers``.
+    compat, workers
+        ``"embed_data"``: bins and truncation as the genuine ``scgpt.tasks.embed_data`` draws them after
+        ``torch.manual_seed(seed)``, on a machine with ``workers`` cores; see
+        :func:`scsae_utils.compat.draw_like_embed_data`.
     out
         A ``.npy`` file that fills block by block. A stopped run goes on from the last whole block, and the embeddings
         stay on disk (memory-mapped), so that memory does not grow with the number of cells.

@@ -45,6 +45,8 @@ class ScGPTConfig:
         Symbol of the padding token in the vocabulary.
     pre_norm
         Layer norm before each block (scGPT's ``norm_scheme="pre"``) and not after it.
+    n_layers_cls, dropout
+        Of parts that make no embedding; kept, since the genuine package does not open a folder without them.
     """
 
     embsize: int
@@ -57,6 +59,8 @@ class ScGPTConfig:
     max_seq_len: int = 1200
     pad_token: str = "<pad>"
     pre_norm: bool = False
+    n_layers_cls: int = 3
+    dropout: float = 0.0
 
     @classmethod
     def from_args(cls, args: dict) -> ScGPTConfig:
