@@ -286,11 +286,13 @@ def embed(
         "n_genes_known": int((ids >= 0).sum()),
         "n_truncated": int((lengths >= model.max_tokens).sum()),
     }
-    X, done = np.empty((adata.n_obs, model.dim), np.float32), 0
-    if out is not None:
+    X, done = None, 0
+    if out is None:
+        X = np.empty((adata.n_obs, model.dim), np.float32)
+    else:
         names = hashlib.sha256("\n".join([*adata.obs_names, "", *adata.var_names]).encode()).hexdigest()
         state = {**settings, "batch_tokens": batch_tokens, "block": BLOCK_CELLS, "names": names, "total": total}
-        X, done = open_store(Path(out), (adata.n_obs, model.dim), state)
+        done = open_store(Path(out), (adata.n_obs, model.dim), state)
     drawn = draw_like_embed_data(adata, model, seed, workers) if compat else None
     fed = []
     with tqdm(
@@ -302,9 +304,11 @@ def embed(
                 continue
             bins = drawn[rows] if compat else bin_cells(adata, model, ties, seed, rows)
             if i >= done:
-                X[rows] = embed_tokens(cell_tokens(bins, ids, model), fast, batch_tokens, bar=bar)
-                if out is not None:
-                    X.flush()
+                block = embed_tokens(cell_tokens(bins, ids, model), fast, batch_tokens, bar=bar)
+                if out is None:
+                    X[rows] = block
+                else:
+                    fill_store(Path(out), rows, block)
                     write_state(Path(out), state, i + 1)
             if not adata.isbacked:
                 fed.append(bins)
@@ -330,8 +334,8 @@ def check_cells(adata: AnnData, ids: np.ndarray, blocks: list[slice]) -> tuple[n
     return lengths, total
 
 
-def open_store(path: Path, shape: tuple[int, int], state: dict) -> tuple[np.ndarray, int]:
-    """A memory-mapped ``.npy`` that fills block by block, and how many blocks of it are done.
+def open_store(path: Path, shape: tuple[int, int], state: dict) -> int:
+    """Make a ``.npy`` that fills block by block, or find the one that a stopped run left; how many blocks are done.
 
     Until it is whole it is called ``path.part``; ``path.json`` has the settings and the number of blocks.
     """
@@ -340,17 +344,24 @@ def open_store(path: Path, shape: tuple[int, int], state: dict) -> tuple[np.ndar
         known = json.loads(note.read_text())
         done = known.pop("blocks_done")
         if known != json.loads(json.dumps(state)):
-            other = [k for k in state if known.get(k) != state[k]]
+            other = ", ".join(k for k in state if known.get(k) != state[k])
             raise ValueError(
-                f"{path} holds embeddings of another run (other: {', '.join(other)}): delete it, or give another file"
+                f"{path} holds embeddings of another run (other: {other}): delete it, or give another file"
             )
-        return np.load(part if part.is_file() else path, mmap_mode="r+"), done
+        return done
     if path.exists():
         raise ValueError(f"{path} exists and was not made by embed: give another file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    array = np.lib.format.open_memmap(part, "w+", np.float32, shape)
+    np.lib.format.open_memmap(part, "w+", np.float32, shape)
     write_state(path, state, 0)
-    return array, 0
+    return 0
+
+
+def fill_store(path: Path, rows: slice, block: np.ndarray) -> None:
+    """Write one block; the file is mapped no longer than that, so that its pages do not stay in memory."""
+    store = np.load(path.with_name(path.name + ".part"), mmap_mode="r+")
+    store[rows] = block
+    store.flush()
 
 
 def write_state(path: Path, state: dict, blocks_done: int) -> None:
