@@ -34,6 +34,7 @@ rule book:
         PAGES,
         [str(p) for p in sorted(Path("book").rglob("*")) if p.is_file()],
         "_config.yml",
+        [str(p) for p in sorted(Path("benchmarks", "results").glob("*.json"))],
         "scsae_utils/book.py",
         files("scgpt-mini"),
     output:

@@ -165,6 +165,35 @@ def page(notebook: Path, title: str | None = None) -> dict:
     return content
 
 
+def benchmark_table(path: Path) -> str:
+    """The result of a benchmark (``benchmarks/results/NAME.json``) as Markdown: a table, its ratios, the machine."""
+    result = json.loads(path.read_text())
+
+    def shown(value) -> str:
+        return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+    columns = list(dict.fromkeys(key for row in result["rows"] for key in row))
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines += [f"| {' | '.join(shown(row.get(c, '')) for c in columns)} |" for row in result["rows"]]
+    figures = ", ".join(f"`{name}` {shown(value)}" for name, value in result["figures"].items())
+    about = result["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    machine = f"{about.get('gpu', about['processor'])}, {about['threads']} of {about['cores']} cores"
+    return "\n".join(
+        [*lines, "", f"{figures}.", "", f"*{result['date']}; {machine}; Python {about['python']}, {versions}.*"]
+    )
+
+
+def fill_tables(text: str) -> str:
+    """Put the results of benchmarks where a page says ``<!-- benchmark: NAME -->``."""
+    return re.sub(
+        r"^<!-- benchmark: (\w+) -->$",
+        lambda found: benchmark_table(ROOT / "benchmarks" / "results" / f"{found[1]}.json"),
+        text,
+        flags=re.M,
+    )
+
+
 def build(run: Path) -> Path:
     """Render the book from the executed notebooks of a run; returns the folder with its ``index.html``.
 
@@ -184,6 +213,8 @@ def build(run: Path) -> Path:
         stage, out = Path(folder) / "source", Path(folder) / "out"
         shutil.copytree(ROOT / "book", stage / "book")
         shutil.copy(ROOT / "scsae_utils" / "data" / "scgpt-mini" / "MODEL_CARD.md", stage / "book" / "model_card.md")
+        for path in (stage / "book").glob("*.md"):
+            path.write_text(fill_tables(path.read_text()))
         toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
         (stage / "notebooks" / "concepts").mkdir(parents=True)
         for notebook in chapters:

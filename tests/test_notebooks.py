@@ -104,3 +104,15 @@ def test_parameters_that_papermill_would_ignore_are_errors(tmp_path):
         book.execute(notebook(tmp_path, "pass"), tmp_path / "out.ipynb", {"y": 1})
     with pytest.raises(ValueError, match="no cell tagged 'parameters'"):
         book.execute(notebook(tmp_path, "pass", tags=()), tmp_path / "out.ipynb", {"x": 1})
+
+
+def test_results_of_benchmarks_are_filled_into_pages():
+    text = book.fill_tables("Before.\n<!-- benchmark: embedding_memory -->\nAfter `<!-- benchmark: x -->`.")
+    result = json.loads((ROOT / "benchmarks/results/embedding_memory.json").read_text())
+    lines = text.splitlines()
+    assert lines[0] == "Before." and lines[-1] == "After `<!-- benchmark: x -->`."
+    assert lines[1] == "| cells | memory (MiB) |"
+    assert [f"| {r['cells']:,} | {r['memory (MiB)']} |" for r in result["rows"]] == lines[3:6]
+    assert f"`memory_ratio` {result['figures']['memory_ratio']}" in text and result["date"] in text
+    with pytest.raises(FileNotFoundError, match="nothing.json"):
+        book.fill_tables("<!-- benchmark: nothing -->")
