@@ -1,8 +1,10 @@
 """From a list of genes to the words that describe them (paper Sec. 2.3, "textual gene descriptions").
 
 Each gene's NCBI description becomes a set of words; words that a tenth of the genes share say nothing and are
-dropped; what is left is counted over a list of genes. The paper shows the counts as a word cloud. A count alone
-favours words that are frequent anyway, so :func:`word_counts` puts the expected count beside it, and a q-value of ours.
+dropped; what is left is counted over a list of genes. The paper shows the counts as a word cloud. Ours beside it: words
+of one stem are one word, shown as it is mostly written (``receptors`` and ``receptor``); pairs of words count too
+(``class II``, ``T cell``); and since a count alone favours words that are frequent anyway, :func:`word_counts` puts the
+expected count and a q-value beside it. No word is *enriched* without its q-value.
 
 Descriptions are plain text from outside: who shows them as HTML has to escape them.
 """
@@ -15,25 +17,34 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
-from functools import lru_cache
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import false_discovery_control, hypergeom
+import snowballstemmer
 from wordcloud import STOPWORDS
+
+from .download import local_file
+from .enrichment import check_symbols, over_representation, some
 
 logger = logging.getLogger(__name__)
 
+# Summaries of all genes of all species by NCBI GeneID, made anew every day.
+REFSEQ = "https://ftp.ncbi.nlm.nih.gov/gene/DATA/gene_summary.gz"
+HUMAN = "9606"
+PROVIDED_BY = re.compile(r"\[(?:supplied|provided) by [^\]]*\]\.?|Sequence Note:.*|Publication Note:.*", re.S)
+
 GREEK = {"α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "κ": "kappa", "‐": "-"}
-RUN = re.compile(r"[^\W_]+(?:-[^\W_]+)*")  # letters and digits, parts joined by hyphens
-LYMPHOCYTE = re.compile(r"\b([a-z]) (?=cells?\b|lymphocytes?\b)")  # "T cell" is "T-cell"
-TOO_SHORT = re.compile(r"\d+[a-z]?|[^\W\d_]")  # a number, a number with one letter (2b), a single letter
+PIECE = re.compile(r"[^\W_]+")
+ROMAN = re.compile(r"I{1,3}|IV|VI{0,3}|IX|XI{0,3}")  # says something at the end of a pair: class II, factor V
+TOO_SHORT = re.compile(r"\d+[a-zA-Z]?|[^\W\d_]")  # a number, a number with one letter (2b), a single letter
 OTHER_GENE = re.compile(r".*-(AS|IT|OT|DT)\d*")  # RNA genes named after their neighbour, which lists them as aliases
+STEMMER = snowballstemmer.stemmer("english")
 
 
-@lru_cache(maxsize=1)
+@cache
 def _table() -> pd.DataFrame:
     path = files("scsae_utils") / "data" / "genes.tsv.gz"
     with path.open("rb") as file:
@@ -60,7 +71,7 @@ def gene_table() -> pd.DataFrame:
     return _table().copy()
 
 
-@lru_cache(maxsize=1)
+@cache
 def _alias_to_symbol() -> dict[str, str]:
     """Aliases that belong to one gene only and are no gene's symbol."""
     owners: dict[str, set[str]] = {}
@@ -75,22 +86,9 @@ def _alias_to_symbol() -> dict[str, str]:
     }
 
 
-def _symbols(symbols) -> np.ndarray:
-    """Check a list of gene symbols: (n,) strings, at least one, each once."""
-    if isinstance(symbols, str):
-        raise ValueError(f"expected a list of gene symbols, not the single string {symbols!r}")
-    symbols = np.array([str(symbol) for symbol in symbols], dtype=object)
-    if len(symbols) == 0:
-        raise ValueError("the list of genes is empty")
-    if len(set(symbols)) < len(symbols):
-        twice = [symbol for symbol, n in Counter(symbols).items() if n > 1]
-        raise ValueError(f"{len(twice)} gene symbols occur more than once: {_some(twice)}")
-    return symbols
-
-
-def _some(names, n: int = 5) -> str:
-    names = list(names)
-    return ", ".join(map(str, names[:n])) + (", ..." if len(names) > n else "")
+def current_symbols(symbols) -> list[str]:
+    """NCBI's present symbol of each gene, where an old one leads to one gene only; the symbol itself otherwise."""
+    return [_alias_to_symbol().get(symbol, symbol) for symbol in symbols]
 
 
 def describe(symbols) -> pd.DataFrame:
@@ -114,8 +112,8 @@ def describe(symbols) -> pd.DataFrame:
     ValueError
         If the list is empty, a symbol occurs twice, or no gene is known.
     """
-    symbols = _symbols(symbols)
-    current = [_alias_to_symbol().get(symbol, symbol) for symbol in symbols]
+    symbols = check_symbols(symbols)
+    current = current_symbols(symbols)
     table = _table()[["name", "designations"]].reindex(current).fillna("")
     table["text"] = (table["name"] + "|" + table["designations"]).str.strip("|")
     table["known"] = table["name"].ne("").to_numpy()
@@ -127,19 +125,19 @@ def describe(symbols) -> pd.DataFrame:
 
 def _report_unknown(unknown, n: int) -> None:
     if len(unknown) == n:
-        raise ValueError(f"none of the {n} genes has a description ({_some(unknown)}): are they human gene symbols?")
+        raise ValueError(f"none of the {n} genes has a description ({some(unknown)}): are they human gene symbols?")
     if len(unknown):
-        logger.info("%d of %d genes have no description: %s", len(unknown), n, _some(unknown, 10))
+        logger.info("%d of %d genes have no description: %s", len(unknown), n, some(unknown, 10))
 
 
 def _texts(symbols, source: str | Path) -> pd.Series:
     """Description of each gene, empty if unknown; index: the symbols given."""
     if source == "ncbi":
         return describe(symbols)["text"]
-    symbols = _symbols(symbols)
-    table = _read_texts(Path(source))
+    symbols = check_symbols(symbols)
+    table = _read_refseq(local_file(REFSEQ)) if source == "refseq" else _read_texts(source)
     texts = pd.Series(
-        [table.get(symbol, table.get(_alias_to_symbol().get(symbol, symbol), "")) for symbol in symbols],
+        [table.get(symbol, table.get(current, "")) for symbol, current in zip(symbols, current_symbols(symbols))],
         pd.Index(symbols, name="symbol"),
         dtype=object,
     )
@@ -147,47 +145,102 @@ def _texts(symbols, source: str | Path) -> pd.Series:
     return texts
 
 
-def _read_texts(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no gene descriptions {str(path)!r}: give 'ncbi' or a table (columns symbol, text)")
-    separator = "," if ".csv" in path.suffixes else "\t"
+def _read_texts(source: str | Path) -> dict[str, str]:
     try:
-        table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8")
+        path = local_file(source)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"no gene descriptions {str(source)!r}: give 'ncbi', 'refseq', or the path or URL of a table with columns "
+            "symbol and text"
+        ) from error
+    table = _read_table(path, "," if ".csv" in path.suffixes else "\t", ["symbol", "text"])
+    return table.fillna("").groupby("symbol")["text"].agg(" ".join).str.strip().to_dict()
+
+
+def _read_refseq(path: Path) -> dict[str, str]:
+    """NCBI's summaries of human genes, by symbol; without the notes on who wrote them."""
+    table = _read_table(path, "\t", ["#tax_id", "GeneID", "Summary"], quoting=csv.QUOTE_NONE)
+    human = table[table["#tax_id"] == HUMAN].set_index("GeneID")["Summary"]
+    symbols = pd.Series(_table().index, _table()["entrez"].astype(str))
+    human = human[human.index.isin(symbols.index)].str.replace(PROVIDED_BY, "", regex=True).str.strip()
+    return dict(zip(symbols[human.index], human))
+
+
+def _read_table(path: Path, separator: str, columns: list[str], **options) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8", **options)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"{path.name} is not a table of text (tab-separated, or .csv), UTF-8: {error}") from error
     if not isinstance(table.index, pd.RangeIndex):
         raise ValueError(f"{path.name} has rows with more fields than its header: quote texts that hold the separator")
-    missing = [column for column in ("symbol", "text") if column not in table]
+    missing = [column for column in columns if column not in table]
     if missing:
-        raise ValueError(f"{path.name} lacks the column {' and '.join(missing)}; it has {_some(table.columns)}")
-    return table.fillna("").groupby("symbol")["text"].agg(" ".join).str.strip().to_dict()
+        raise ValueError(f"{path.name} lacks the column {' and '.join(missing)}; it has {some(table.columns)}")
+    return table
 
 
-def tokenise(text: str) -> set[str]:
-    """The words of a description, in lower case.
+@cache
+def _stem(word: str) -> str:
+    return STEMMER.stemWord(word)
 
-    Hyphens separate words (``alpha-2-macroglobulin``: alpha, macroglobulin); a pair with a single letter or a number
-    is kept as well, because only whole it says something (``T-cell`` and ``T cell``: cell, t-cell; ``IL-2``: il,
-    il-2). Names with digits are words (``cd4``, ``p53``). Numbers, single letters and English stop words (those of
-    wordcloud) are not.
+
+def tokenise(text: str, stem: bool = True, bigrams: bool = True) -> list[tuple[str, str]]:
+    """The words of a description, and pairs of words: what each counts as, and how it is written.
+
+    Hyphens separate words, as blanks do (``alpha-2-macroglobulin``: alpha, macroglobulin). Names with digits are words
+    (``CD4``, ``p53``); numbers, single letters and English stop words (those of wordcloud) are not. A pair is two words
+    beside each other, or a word after a single letter (``T cell`` and ``T-cell``), before a Roman numeral (``class I``)
+    or joined to a number or letter by a hyphen (``IL-2``): only whole these say something.
+
+    Parameters
+    ----------
+    stem
+        Count words by their English (Snowball) stem: ``receptor`` and ``receptors`` are one.
+    bigrams
+        Pairs of words too.
+
+    Returns
+    -------
+    ``(key, written)`` in the order of the text, for example ``("t cell", "T-cell")``; a word that occurs again is there
+    again.
     """
-    text = unicodedata.normalize("NFKC", text).lower()
+    text = unicodedata.normalize("NFKC", text)
     for letter, name in GREEK.items():
         text = text.replace(letter, name)
-    words: set[str] = set()
-    for run in RUN.findall(LYMPHOCYTE.sub(r"\1-", text)):
-        parts = run.split("-")
-        good = {part for part in parts if not TOO_SHORT.fullmatch(part) and part not in STOPWORDS}
-        words |= good
-        if len(parts) == 2 and len(good) == 1 and all(part in good or TOO_SHORT.fullmatch(part) for part in parts):
-            words.add(run)
-    return words
+    pieces = list(PIECE.finditer(text))
+    words = [piece[0] for piece in pieces]
+    keys = [_stem(word.lower()) if stem else word.lower() for word in words]
+    short = [bool(TOO_SHORT.fullmatch(word)) for word in words]
+    roman = [bool(ROMAN.fullmatch(word)) for word in words]
+    good = [not (s or r or w.lower() in STOPWORDS) for w, s, r in zip(words, short, roman)]
+    gaps = [
+        "",
+        *(text[a.end() : b.start()] for a, b in zip(pieces, pieces[1:])),
+        "",
+    ]  # before each word, after the last
+    found = [(keys[i], words[i]) for i in range(len(words)) if good[i]]
+    for i in range(len(words) - 1 if bigrams else 0):
+        before, gap, after = gaps[i : i + 3]
+        alone = gap == "-" and before != "-" and after != "-"  # IL-2, but not the alpha-2 of alpha-2-macroglobulin
+        first = good[i] or (short[i] and (alone or words[i].isupper() and not roman[i]))
+        second = good[i + 1] or roman[i + 1] or (short[i + 1] and alone)
+        if gap in (" ", "-") and first and second and (good[i] or good[i + 1]):
+            found.append((f"{keys[i]} {keys[i + 1]}", f"{words[i]}{gap}{words[i + 1]}"))
+    return found
 
 
-def _words_and_shares(symbols, source: str | Path) -> tuple[pd.Series, pd.Series]:
+def _words_and_shares(symbols, source, stem: bool, bigrams: bool) -> tuple[pd.Series, pd.Series]:
+    """Words of each gene as they are mostly written, and the share of the described genes that have each."""
     texts = _texts(symbols, source)
-    words = pd.Series([tokenise(text) for text in texts], texts.index, name="words", dtype=object)
-    counts = pd.Series(Counter(word for found in words for word in found), dtype=int)
+    found = [set(tokenise(text, stem, bigrams)) for text in texts]
+    written: dict[str, Counter] = {}
+    for key, form in (pair for pairs in found for pair in pairs):
+        written.setdefault(key, Counter())[form] += 1
+    shown = {
+        key: max(forms, key=lambda form: (forms[form], form)) for key, forms in written.items()
+    }  # ties: lower case
+    words = pd.Series([{shown[key] for key, _ in pairs} for pairs in found], texts.index, name="words", dtype=object)
+    counts = pd.Series(Counter(word for one in words for word in one), dtype=int)
     return words, counts / (texts != "").sum()
 
 
@@ -196,7 +249,9 @@ def _check_share(max_share: float) -> None:
         raise ValueError(f"max_share is a share of the genes, above 0 and at most 1, not {max_share!r}")
 
 
-def common_words(symbols, source: str | Path = "ncbi", max_share: float = 0.1) -> pd.DataFrame:
+def common_words(
+    symbols, source: str | Path = "ncbi", max_share: float = 0.1, stem: bool = True, bigrams: bool = True
+) -> pd.DataFrame:
     """The words that :func:`gene_words` drops, to be looked at: none of them should matter (paper Sec. 2.3).
 
     The smaller and the more uniform the universe, the more words go, ``antigen`` among them in a panel of immune
@@ -207,12 +262,14 @@ def common_words(symbols, source: str | Path = "ncbi", max_share: float = 0.1) -
     ``word``, ``share`` (of the described genes), most frequent first.
     """
     _check_share(max_share)
-    _, shares = _words_and_shares(symbols, source)
+    _, shares = _words_and_shares(symbols, source, stem, bigrams)
     table = shares[shares >= max_share].rename_axis("word").reset_index(name="share")
     return table.sort_values(["share", "word"], ascending=[False, True], ignore_index=True)
 
 
-def gene_words(symbols, source: str | Path = "ncbi", max_share: float = 0.1, keep=()) -> pd.Series:
+def gene_words(
+    symbols, source: str | Path = "ncbi", max_share: float = 0.1, keep=(), stem: bool = True, bigrams: bool = True
+) -> pd.Series:
     """The unique words of each gene's description, without the common ones.
 
     Parameters
@@ -220,12 +277,15 @@ def gene_words(symbols, source: str | Path = "ncbi", max_share: float = 0.1, kee
     symbols
         (n,) gene symbols, each once: the universe, that is all genes that were measured, not the list of interest.
     source
-        ``"ncbi"``, or a table (tab-separated, or ``.csv``; also compressed) with columns ``symbol`` and ``text``.
-        Several rows of a gene are joined.
+        ``"ncbi"``: names and designations, which come with the package. ``"refseq"``: the summaries of NCBI Gene,
+        downloaded once (see :mod:`scsae_utils.download`). Or the path or URL of a table (tab-separated, or ``.csv``;
+        also compressed) with columns ``symbol`` and ``text``. Several rows of a gene are joined.
     max_share
         Words in at least this share of the described genes are dropped; see :func:`common_words`.
     keep
-        Words that stay although they are common.
+        Words that stay although they are common, in any of their forms.
+    stem, bigrams
+        See :func:`tokenise`. The paper has neither, as far as it says.
 
     Returns
     -------
@@ -235,14 +295,40 @@ def gene_words(symbols, source: str | Path = "ncbi", max_share: float = 0.1, kee
     ------
     FileNotFoundError
         If the source is no file.
+    ConnectionError
+        If a download fails.
     ValueError
-        If the list is empty, a symbol occurs twice, the file has no columns ``symbol`` and ``text``, or no gene has a
-        description.
+        If the list is empty, a symbol occurs twice, the file has no columns ``symbol`` and ``text``, a downloaded file
+        has changed, or no gene has a description.
     """
     _check_share(max_share)
-    words, shares = _words_and_shares(symbols, source)
-    common = set(shares.index[shares >= max_share]) - set(keep)
+    words, shares = _words_and_shares(symbols, source, stem, bigrams)
+    kept = {_key(word, stem) for word in keep}
+    common = {word for word in shares.index[shares >= max_share] if _key(word, stem) not in kept}
     return words.map(lambda found: found - common)
+
+
+def _key(word: str, stem: bool = True) -> str:
+    return " ".join(_stem(part) if stem else part for part in PIECE.findall(word.lower()))
+
+
+def without_parts(counts: pd.DataFrame) -> pd.DataFrame:
+    """A table of :func:`word_counts` without the words that a pair says better.
+
+    A word is left out if a pair that holds it stands for the same genes of the list: ``class`` beside ``class II``.
+    """
+    pairs = {(part, row.genes) for row in counts.itertuples() if " " in (key := _key(row.word)) for part in key.split()}
+    drop = [(_key(row.word), row.genes) in pairs for row in counts.itertuples()]
+    return counts[~np.array(drop, bool)].reset_index(drop=True)
+
+
+def word_sets(words: pd.Series) -> dict[str, list[str]]:
+    """Each word as the set of its genes, for the functions of :mod:`scsae_utils.enrichment`; ``words`` as above."""
+    sets: dict[str, list[str]] = {}
+    for gene, found in words.items():
+        for word in sorted(found):
+            sets.setdefault(word, []).append(gene)
+    return sets
 
 
 def word_counts(genes, words: pd.Series, min_genes: int = 3) -> pd.DataFrame:
@@ -265,36 +351,23 @@ def word_counts(genes, words: pd.Series, min_genes: int = 3) -> pd.DataFrame:
     Returns
     -------
     One row for each word of the list, most frequent first, then by p-value: ``word``, ``count`` (genes of the list that
-    have it), ``genes`` (which, separated by commas), ``expected`` (mean count in a random list), ``pvalue``,
-    ``qvalue``. Genes without words take no part, neither in the list nor in the universe.
+    have it), ``size`` (genes of the universe that have it), ``genes`` (which of the list, separated by commas),
+    ``expected`` (mean count in a random list), ``pvalue``, ``qvalue``. Genes without words take no part, neither in
+    the list nor in the universe.
 
     Raises
     ------
     ValueError
         If the list is empty, has genes outside of the universe, or none of its genes has a word.
     """
-    genes = _symbols(genes)
+    genes = check_symbols(genes)
     outside = [gene for gene in genes if gene not in words.index]
     if outside:
-        raise ValueError(f"{len(outside)} genes are not in the universe that the words were made for: {_some(outside)}")
+        raise ValueError(f"{len(outside)} genes are not in the universe that the words were made for: {some(outside)}")
     described = words[words.map(len) > 0]
     chosen = [gene for gene in genes if gene in described.index]
     if not chosen:
-        raise ValueError(f"none of the {len(genes)} genes has a word of its own in its description ({_some(genes)})")
-    universe = pd.Series(Counter(word for found in described for word in found)).sort_index()
-    owners: dict[str, list[str]] = {}
-    for gene in chosen:
-        for word in described[gene]:
-            owners.setdefault(word, []).append(gene)
-    count = universe.index.map(lambda word: len(owners.get(word, ()))).to_numpy()
-    table = pd.DataFrame({"word": universe.index, "count": count})
-    table["genes"] = [",".join(owners.get(word, ())) for word in universe.index]
-    table["expected"] = universe.to_numpy() * len(chosen) / len(described)
-    tested = (universe >= min_genes).to_numpy()
-    table["pvalue"] = table["qvalue"] = np.nan
-    if tested.any():
-        pvalue = hypergeom.sf(count[tested] - 1, len(described), universe[tested], len(chosen)).clip(0, 1)
-        table.loc[tested, "pvalue"] = pvalue
-        table.loc[tested, "qvalue"] = false_discovery_control(pvalue)
-    table = table[table["count"] > 0]
+        raise ValueError(f"none of the {len(genes)} genes has a word of its own in its description ({some(genes)})")
+    table = over_representation(chosen, word_sets(described), described.index, min_genes)
+    table = table[table["count"] > 0].rename(columns={"set": "word"})
     return table.sort_values(["count", "pvalue", "word"], ascending=[False, True, True], ignore_index=True)

@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import fisher_exact
+from server import serving
 
-from scsae_utils.words import common_words, describe, gene_table, gene_words, tokenise, word_counts
+from scsae_utils.words import common_words, describe, gene_table, gene_words, tokenise, without_parts, word_counts
 
 
 @pytest.fixture
@@ -89,43 +90,75 @@ class TestDescribe:
             describe(symbols)
 
 
+def written(text, **options):
+    return {form for _, form in tokenise(text, **options)}
+
+
 class TestTokenise:
     @pytest.mark.parametrize(
         "text, words",
         [
-            ("Pro-platelet basic protein", {"pro", "platelet", "basic", "protein"}),
+            ("Pro-platelet basic protein", {"Pro", "platelet", "basic", "protein"}),
             ("alpha-2-macroglobulin", {"alpha", "macroglobulin"}),
-            ("T-cell and B cells", {"t-cell", "cell", "b-cells", "cells"}),
-            ("IL-2, interleukin 2", {"il", "il-2", "interleukin"}),
-            ("CD4 p53 S100A8", {"cd4", "p53", "s100a8"}),
+            ("CD4 p53 S100A8", {"CD4", "p53", "S100A8"}),
             ("5'-nucleotidase 1 2b x", {"nucleotidase"}),
             ("the chain of an actin, with other ones", {"chain", "actin", "ones"}),
-            ("Alzheimer's", {"alzheimer"}),
+            ("Alzheimer's", {"Alzheimer"}),
             ("β-alanyl cancer‐associated", {"beta", "alanyl", "cancer", "associated"}),
             ("<b>platelet</b>", {"platelet"}),
+            ("class II, factor V", {"class", "factor"}),
             ("", set()),
             ("-- -1- 12", set()),
         ],
     )
     def test_words(self, text, words):
-        assert tokenise(text) == words
+        assert written(text, bigrams=False) == words
+
+    @pytest.mark.parametrize(
+        "text, pairs",
+        [
+            ("class II antigen", {"class II"}),  # not "II antigen"
+            ("HLA class I", {"HLA class", "class I"}),
+            ("a T cell and B-cells", {"T cell", "B-cells"}),
+            ("IL-2, interleukin 2", {"IL-2"}),
+            ("beta chain|alpha chain; lambda.", {"beta chain", "alpha chain"}),  # none across the sign between names
+            ("member of the family", set()),  # none across a stop word
+            ("alpha-2-macroglobulin", set()),
+            ("the 2b-x 1", set()),
+        ],
+    )
+    def test_pairs(self, text, pairs):
+        assert written(text) - written(text, bigrams=False) == pairs
+
+    def test_words_of_one_stem_count_as_one(self):
+        keys = [{key for key, _ in tokenise(text)} for text in ("T-cell receptors", "T cell receptor")]
+        assert keys[0] == keys[1] == {"cell", "receptor", "t cell", "cell receptor"}
+        assert {key for key, _ in tokenise("receptors", stem=False)} == {"receptors"}
 
 
 class TestGeneWords:
     def test_common_words_are_dropped_and_can_be_seen(self, source):
         genes = list("ABCDEFGHIJ")
-        words = gene_words(genes, source, max_share=0.3)
+        words = gene_words(genes, source, max_share=0.3, bigrams=False)
         assert words["A"] == {"platelet"} and words["C"] == set() and words.index.tolist() == genes
-        common = common_words(genes, source, max_share=0.3)
+        common = common_words(genes, source, max_share=0.3, bigrams=False)
         assert common["word"].tolist() == ["kinase", "another", "sort", "actin"]
         assert common["share"].tolist() == [1.0, 0.7, 0.7, 0.3]  # "at least" this share
 
     def test_common_words_can_be_kept(self, source):
-        assert gene_words(list("ABCDEFGHIJ"), source, max_share=0.3, keep=["actin"])["C"] == {"actin"}
+        assert gene_words(list("ABCDEFGHIJ"), source, max_share=0.3, keep=["Actins"], bigrams=False)["C"] == {"actin"}
 
     def test_the_share_is_that_of_the_described_genes_of_the_universe(self, source):
-        assert gene_words(["A", "D", "unknown"], source, max_share=0.5)["A"] == set()  # each word: 1 of 2
-        assert gene_words(["A", "D", "unknown"], source, max_share=0.6)["A"] == {"platelet", "actin"}
+        genes = ["A", "D", "unknown"]
+        assert gene_words(genes, source, max_share=0.5, bigrams=False)["A"] == set()  # each word: 1 of 2
+        assert gene_words(genes, source, max_share=0.6, bigrams=False)["A"] == {"platelet", "actin"}
+
+    def test_words_are_shown_as_they_are_mostly_written(self, tmp_path):
+        texts = {"A": "T-cell receptor", "B": "T cell receptors", "C": "T cell Receptors", "D": "another"}
+        pd.Series(texts, name="text").rename_axis("symbol").to_csv(tmp_path / "t.csv")
+        words = gene_words(list("ABCD"), tmp_path / "t.csv", max_share=0.9)
+        # each way of writing "receptor" occurs once: the one in lower case that comes last in the alphabet
+        assert words["A"] == words["B"] == words["C"] == {"cell", "receptors", "T cell", "cell receptors"}
 
     def test_ncbi_is_the_default(self):
         words = gene_words(["PPBP", "MYL9", "RP11-782C8.1"], max_share=1)
@@ -133,12 +166,32 @@ class TestGeneWords:
 
     def test_old_names_are_looked_up_under_the_present_one(self, tmp_path):
         (tmp_path / "t.csv").write_text("symbol,text\nJCHAIN,joining chain\nA,x1\nB,y1\n")
-        assert gene_words(["IGJ", "A", "B"], tmp_path / "t.csv", max_share=0.9)["IGJ"] == {"joining", "chain"}
+        assert gene_words(["IGJ", "A", "B"], tmp_path / "t.csv", max_share=0.9)["IGJ"] == {
+            "joining",
+            "chain",
+            "joining chain",
+        }
 
     def test_rows_of_one_gene_are_joined_and_nan_is_a_name(self, tmp_path):
         (tmp_path / "t.tsv.gz").write_bytes(gzip.compress(b"symbol\ttext\nA\tone word\nNA\tnan\nA\ttwo\n"))
         words = gene_words(["A", "NA"], tmp_path / "t.tsv.gz", max_share=1)
-        assert words["A"] == {"one", "word", "two"} and words["NA"] == {"nan"}
+        assert words["A"] == {"one", "word", "two", "one word", "word two"} and words["NA"] == {"nan"}
+
+    def test_refseq_summaries_are_downloaded_once(self, tmp_path, monkeypatch):
+        lines = [
+            "#tax_id\tGeneID\tSource\tSummary",
+            '9606\t5473\tRefSeq\tA "platelet-derived" growth factor. [provided by RefSeq, May 2010].',
+            "10090\t5473\tRefSeq\tof the mouse",
+            "9606\t973\tRefSeq\tThe B cell receptor. Sequence Note: removed 1 base",
+            "9606\t999999999\tRefSeq\tunknown",
+        ]
+        monkeypatch.setenv("SCSAE_CACHE", str(tmp_path))
+        with serving({"/gene_summary.gz": gzip.compress("\n".join(lines).encode())}) as (url, asked):
+            monkeypatch.setattr("scsae_utils.words.REFSEQ", f"{url}/gene_summary.gz")
+            for _ in range(2):
+                words = gene_words(["PPBP", "CD79A"], "refseq", max_share=1, bigrams=False)
+        assert words["PPBP"] == {"platelet", "derived", "growth", "factor"} and words["CD79A"] == {"cell", "receptor"}
+        assert asked == ["/gene_summary.gz"]
 
     def test_unknown_source(self):
         with pytest.raises(FileNotFoundError, match="no gene descriptions 'go'.*'ncbi'"):
@@ -209,6 +262,13 @@ class TestWordCounts:
         words = gene_words(pd.unique(np.r_[["PPBP", "PF4", "GP9", "GP1BA", "ITGA2B"], others]))
         top = word_counts(["PPBP", "PF4", "GP9", "GP1BA", "ITGA2B"], words).iloc[0]
         assert top["word"] == "platelet" and top["count"] == 5 and top["qvalue"] < 1e-6
+
+    def test_a_word_that_a_pair_says_better_is_left_out(self):
+        words = pd.Series({"A": {"class", "class II", "MHC"}, "B": {"class", "class II"}, "C": {"class", "kinase"}})
+        table = word_counts(["A", "B"], words, min_genes=1)
+        assert set(table["word"]) == {"class", "class II", "MHC"}
+        assert set(without_parts(table)["word"]) == {"class II", "MHC"}
+        assert set(without_parts(word_counts(["A", "C"], words, min_genes=1))["word"]) >= {"class", "class II"}
 
     @pytest.mark.parametrize(
         "genes, message",
