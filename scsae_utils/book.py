@@ -201,6 +201,8 @@ def build(run: Path) -> Path:
     starts from nothing each time, since an incremental one forgets earlier warnings; warnings are errors. The last
     good book stays until the new one is whole.
     """
+    from .claims import claims_page, write_claims
+
     run = run.resolve()  # Jupyter Book reads a relative path of the contents as one inside the source
     chapters = [run / "notebooks" / f"{name}.ipynb" for name in SECTIONS]
     concepts = sorted((run / "notebooks" / "concepts").glob("concept_*.ipynb"), key=lambda p: int(p.stem.split("_")[1]))
@@ -213,6 +215,7 @@ def build(run: Path) -> Path:
         stage, out = Path(folder) / "source", Path(folder) / "out"
         shutil.copytree(ROOT / "book", stage / "book")
         shutil.copy(ROOT / "scsae_utils" / "data" / "scgpt-mini" / "MODEL_CARD.md", stage / "book" / "model_card.md")
+        (stage / "book" / "claims.md").write_text(claims_page(write_claims(run)))
         for path in (stage / "book").glob("*.md"):
             path.write_text(fill_tables(path.read_text()))
         toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
