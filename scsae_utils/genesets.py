@@ -123,10 +123,10 @@ def on_panel(sets: dict, panel, min_genes: int = 3) -> dict[str, list[str]]:
     """
     panel = check_symbols(panel)
     names = dict(zip(current_symbols(panel), panel)) | dict(zip(panel, panel))
-    found = {
-        name: list(dict.fromkeys(names[g] for g in [*genes, *current_symbols(genes)] if g in names))
-        for name, genes in sets.items()
-    }
+    found = {}
+    for name, genes in sets.items():
+        there = [names.get(gene) or names.get(now) for gene, now in zip(genes, current_symbols(genes))]
+        found[name] = list(dict.fromkeys(gene for gene in there if gene))
     kept = {name: genes for name, genes in found.items() if len(genes) >= min_genes}
     if not kept:
         raise ValueError(
