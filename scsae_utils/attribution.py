@@ -6,25 +6,32 @@ the counterfactual cells, and the model runs again:
 ``l_ij = (f(phi(x))_j - f(phi(x~i))_j) / f(phi(x))_j``        (Eq. 1)
 
 1 means that the concept falls silent without the gene, 0 that the gene does not matter, and a negative value that
-the gene held the concept back. The computation is exact: one forward pass for each gene of each prototype.
+the gene held the concept back. The computation is exact: one forward pass for each change of each prototype. Work goes
+from cell to cell: a pass gives all concepts, so that concepts which change a cell in the same way share it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from anndata import AnnData
 from scipy import sparse
 from scipy.spatial.distance import cdist
 from tqdm.auto import tqdm
 
-from .embedding import BATCH_TOKENS, cell_tokens, embed_tokens, token_ids
+from .embedding import BATCH_TOKENS, cell_tokens, token_ids
 from .encoder import CellEncoder
-from .sae import SAE
+from .occlusion import insert, occlude, rebinned
+from .sae import Dictionary
+from .shards import Shards
+
+SHARD_CELLS = 16  # prototype cells whose work is kept together
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,9 @@ class AttributionConfig:
     insertion
         Also add genes that the prototype does not express but counterfactuals do (mean of ``absent_below`` or more);
         ``"frozen"`` binning only.
+    counterfactual_match
+        A column of ``obs``, such as the donor or the study: counterfactuals must share its value with their
+        prototype. A prototype without such a cell has the nearest of all silent cells; these are counted.
     """
 
     n_prototypes: int = 20
@@ -61,6 +71,7 @@ class AttributionConfig:
     absent: str = "remove"
     absent_below: float = 1.0
     insertion: bool = False
+    counterfactual_match: str | None = None
 
     def __post_init__(self):
         options = {
@@ -93,18 +104,20 @@ def choose_prototypes(activations: np.ndarray, n: int = 20) -> np.ndarray:
 
 
 def choose_counterfactuals(
-    embeddings: np.ndarray, activations: np.ndarray, prototypes: np.ndarray, n: int = 50
-) -> np.ndarray:
+    embeddings: np.ndarray, activations: np.ndarray, prototypes: np.ndarray, n: int = 50, groups=None
+) -> list[np.ndarray]:
     """For each prototype the rows of the at most ``n`` nearest cells (Euclidean) in which the concept is silent.
 
     Parameters
     ----------
     embeddings, activations
         (n_cells, d) and (n_cells,).
+    groups
+        (n_cells,) labels, or None: only cells with the prototype's own label, where one of them is silent.
 
     Returns
     -------
-    (n_prototypes, at most n) rows, nearest first.
+    For each prototype (at most n,) rows, nearest first.
 
     Raises
     ------
@@ -115,88 +128,178 @@ def choose_counterfactuals(
     if len(silent) == 0:
         raise ValueError("every cell activates the concept, so it has no counterfactuals")
     distances = cdist(embeddings[prototypes], embeddings[silent])
-    return silent[np.argsort(distances, axis=1, kind="stable")[:, :n]]
+    if groups is not None:
+        groups = np.asarray(groups)
+        same = groups[prototypes][:, None] == groups[silent]
+        distances[~same & same.any(axis=1, keepdims=True)] = np.inf
+    order = np.argsort(distances, axis=1, kind="stable")[:, :n]
+    return [silent[o[np.isfinite(d[o])]] for o, d in zip(order, distances)]
 
 
-@torch.inference_mode()
-def occlude(
-    model: CellEncoder, ids, values, positions, new_values, remove, batch_tokens: int = BATCH_TOKENS
-) -> np.ndarray:
-    """Embeddings of one cell with one token changed at a time.
+def prototypes_and_counterfactuals(
+    embeddings, activations, config: AttributionConfig, groups=None
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Rows of prototypes (P,) and of each one's counterfactuals, P arrays; ``groups`` as above."""
+    prototypes = choose_prototypes(activations, config.n_prototypes)
+    return prototypes, choose_counterfactuals(embeddings, activations, prototypes, config.n_counterfactuals, groups)
 
-    Parameters
+
+class Plan:
+    """What is to be occluded: for many concepts the prototypes, and what each gene is changed to.
+
+    Parameters are those of :func:`attribute`.
+
+    Attributes
     ----------
-    ids, values
-        (N,) the cell's tokens, ``<cls>`` first.
-    positions
-        (M,) which token to change, 1 to N - 1 (0 is ``<cls>``). Tokens are added by :func:`insert`.
-    new_values
-        (M,) binned values to put there.
-    remove
-        (M,) bool: take the token away instead.
-
-    Returns
-    -------
-    (M, d) unit-length embeddings.
+    cells
+        Row of a prototype to the (index into ``concepts``, place among that concept's prototypes) that it has.
+    unmatched
+        Prototypes for which ``counterfactual_match`` found no cell.
     """
-    ids, values = torch.as_tensor(ids), torch.as_tensor(values)
-    positions, new_values = torch.as_tensor(positions), torch.as_tensor(new_values, dtype=torch.float32)
-    x = model.tokens(ids[None], values[None])[0]
-    changed = model.tokens(ids[positions][None], new_values[None])[0]
-    n, out = len(ids), np.empty((len(positions), model.dim), np.float32)
-    everything = torch.arange(n)
-    remove = np.asarray(remove, bool)
-    for removing in (False, True):
-        todo = np.flatnonzero(remove == removing)
-        size = max(1, batch_tokens // n)
-        for rows in (todo[i : i + size] for i in range(0, len(todo), size)):
-            at = positions[rows]
-            if removing:
-                left = everything.expand(len(rows), n)[everything != at[:, None]].view(len(rows), n - 1)
-                batch = x[left]
-            else:
-                batch = x.expand(len(rows), n, -1).clone()
-                batch[torch.arange(len(rows)), at] = changed[rows]
-            out[rows] = F.normalize(model.encode(batch), dim=-1).numpy()
-    return out
 
+    def __init__(self, adata, model: CellEncoder, sae: Dictionary, concepts, config: AttributionConfig, key: str):
+        check_embedded(adata, model, key)
+        self.adata, self.model, self.sae, self.config = adata, model, sae, config
+        self.concepts = np.atleast_1d(concepts).astype(int)
+        if (self.concepts < 0).any() or (self.concepts >= sae.config.n_concepts).any():
+            raise ValueError(f"concepts must be 0 to {sae.config.n_concepts - 1}, got {self.concepts.tolist()}")
+        if len(set(self.concepts)) < len(self.concepts):
+            raise ValueError("a concept is named twice")
+        groups = None
+        if config.counterfactual_match is not None:
+            if config.counterfactual_match not in adata.obs:
+                raise ValueError(
+                    f"obs has no column {config.counterfactual_match!r} to match counterfactuals in; "
+                    f"it has: {', '.join(adata.obs) or 'none'}"
+                )
+            groups = adata.obs[config.counterfactual_match].astype(str).to_numpy()
+        self.ids = token_ids(adata.var_names, model)
+        self.bins = adata.layers["bins"].tocsr()
+        self.source = sparse.csr_matrix(adata.X) if config.binning == "rebinned" else self.bins
+        self.embeddings = adata.obsm[key]
+        self.activations = sae.activations(self.embeddings)[:, self.concepts].tocsc()
+        self.prototypes, self.counterfactuals, self.unmatched, self.cells = [], [], 0, {}
+        for c, concept in enumerate(self.concepts):
+            u = self.activations[:, [c]].toarray().ravel()
+            try:
+                chosen, others = prototypes_and_counterfactuals(self.embeddings, u, config, groups)
+            except ValueError as error:
+                raise ValueError(f"concept {concept}: {error}") from error
+            self.prototypes.append(chosen)
+            self.counterfactuals.append(others)
+            if groups is not None:
+                self.unmatched += sum(groups[p] != groups[o[0]] for p, o in zip(chosen, others))
+            for place, row in enumerate(chosen):
+                self.cells.setdefault(int(row), []).append((c, place))
+        if self.unmatched:
+            warnings.warn(
+                f"{self.unmatched} prototypes have no silent cell with their {config.counterfactual_match}: "
+                "the nearest of all silent cells stand in",
+                stacklevel=3,
+            )
+        pooled = config.counterfactual_mean == "pooled"
+        self.pooled = [self.mean_of(np.unique(np.concatenate(o))) for o in self.counterfactuals] if pooled else None
 
-@torch.inference_mode()
-def insert(model: CellEncoder, ids, values, new_ids, new_values, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
-    """Embeddings (M, d) of one cell (N tokens) with one token added at a time: ids and values (M,)."""
-    x = model.tokens(torch.as_tensor(ids)[None], torch.as_tensor(values)[None])
-    new = model.tokens(torch.as_tensor(new_ids)[:, None], torch.as_tensor(new_values, dtype=torch.float32)[:, None])
-    size = max(1, batch_tokens // (x.shape[1] + 1))
-    parts = [model.encode(torch.cat([x.expand(len(y), -1, -1), y], dim=1)) for y in new.split(size)]
-    return F.normalize(torch.cat(parts), dim=-1).numpy() if parts else np.empty((0, model.dim), np.float32)
+    def mean_of(self, rows: np.ndarray) -> np.ndarray:
+        """(n_genes,) mean bin, or log value if re-binned."""
+        return np.asarray(self.source[rows].mean(axis=0), np.float32).ravel()
 
+    def tokens(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids and values (N,) of a cell, ``<cls>`` first, and the columns (N - 1,) of its genes."""
+        ids, values = cell_tokens(self.bins[row], self.ids, self.model)[0]
+        column = dict(zip(self.ids, range(len(self.ids))))  # symbols are unique, so known ids are
+        return ids, values, np.array([column[i] for i in ids[1:]], int)
 
-def rebinned(model: CellEncoder, ids, log_values, positions, means, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
-    """Embeddings (M, d) of one cell with one gene's log value replaced and the whole cell binned anew.
+    def changes(self, row: int) -> pd.DataFrame:
+        """All that is changed in one cell: columns of :func:`attribute` as far as they are known before a pass.
 
-    ``ids`` (N,) start with ``<cls>``; ``log_values`` (N - 1,) are those of all genes of the cell, also of those that
-    the model has no room for; ``positions`` (M,) count from ``<cls>``. A mean of zero takes the gene out of the cell.
-    """
-    bins = np.zeros((len(positions), len(log_values)), np.float32)
-    for row, position, mean in zip(bins, positions, means):
-        new = log_values.copy()
-        new[position - 1] = mean
-        row[new > 0] = model.input_values(new[new > 0])
-    return embed_tokens(cell_tokens(sparse.csr_matrix(bins), ids[1:], model), model, batch_tokens)
+        ``concept`` is an index into ``concepts``, ``cell`` the row, ``gene`` the column; ``place`` that of the cell
+        among the prototypes.
+        """
+        config, parts = self.config, []
+        _, values, columns = self.tokens(row)
+        for c, place in self.cells[row]:
+            mean = self.pooled[c] if self.pooled is not None else self.mean_of(self.counterfactuals[c][place])
+            genes, before, change = columns, values[1:], np.full(len(columns), "value", object)
+            if config.binning == "rebinned":
+                change[mean[columns] <= 0] = "remove"
+            elif config.absent == "remove":
+                change[mean[columns] < config.absent_below] = "remove"
+            if config.insertion:
+                new = np.setdiff1d(np.flatnonzero((mean >= config.absent_below) & (self.ids >= 0)), columns)
+                genes, before = np.r_[genes, new], np.r_[before, np.zeros(len(new), np.float32)]
+                change = np.r_[change, np.full(len(new), "insert", object)]
+            parts.append(
+                pd.DataFrame(
+                    {"concept": c, "place": place, "cell": row, "gene": genes, "bin": before,
+                     "counterfactual": mean[genes], "change": change, "activation": self.activations[row, c]}
+                )
+            )  # fmt: skip
+        return pd.concat(parts, ignore_index=True)
+
+    def occluded(self, row: int, changes: pd.DataFrame, batch_tokens: int) -> tuple[np.ndarray, int]:
+        """Activation after each of the ``changes`` of a cell (M,), exactly; and the number of forward passes."""
+        ids, values, columns = self.tokens(row)
+        value = changes["counterfactual"].where(changes["change"] != "remove", -1)
+        keys, same = np.unique(np.stack([changes["gene"], value], 1), axis=0, return_inverse=True)
+        genes, means = keys[:, 0].astype(int), keys[:, 1].astype(np.float32)
+        place = pd.Series(np.arange(1, len(ids)), columns).reindex(genes, fill_value=0).to_numpy()
+        there = place > 0
+        if self.config.binning == "rebinned":
+            whole = self.bins[row].indices  # the bins are those of all genes, as many as there are
+            at = pd.Series(np.arange(1, len(whole) + 1), whole)[genes].to_numpy()
+            log_values = self.source[row, whole].toarray().ravel()
+            out = rebinned(self.model, np.r_[ids[0], self.ids[whole]], log_values, at, means.clip(0), batch_tokens)
+        else:
+            out = np.empty((len(genes), self.model.dim), np.float32)
+            out[there] = occlude(self.model, ids, values, place[there], means[there], means[there] < 0, batch_tokens)
+            out[~there] = insert(self.model, ids, values, self.ids[genes[~there]], means[~there], batch_tokens)
+        with torch.inference_mode():
+            u = self.sae.encode(torch.from_numpy(out))[:, self.concepts].numpy()
+        return u[same.ravel(), changes["concept"]], len(genes)
+
+    def shards(self) -> list[list[int]]:
+        """Rows of the prototypes, in parts of ``SHARD_CELLS``."""
+        rows = sorted(self.cells)
+        return [rows[i : i + SHARD_CELLS] for i in range(0, len(rows), SHARD_CELLS)]
+
+    def settings(self) -> dict:
+        """What the result depends on, to be kept with it."""
+        digest = hashlib.sha256(self.bins.data.tobytes() + self.bins.indices.tobytes() + self.source.data.tobytes())
+        digest.update("".join([*self.adata.obs_names, *self.adata.var_names]).encode())
+        digest.update(np.ascontiguousarray(self.embeddings).tobytes() + self.concepts.tobytes())
+        for name, tensor in sorted(self.sae.state_dict().items()):
+            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+        model = self.adata.uns["scgpt"]["model"]
+        return {**asdict(self.config), "model": model, "n_genes_panel": int((self.ids >= 0).sum()),
+                "n_unmatched": int(self.unmatched), "inputs": digest.hexdigest()[:16]}  # fmt: skip
+
+    def finish(self, table: pd.DataFrame, **attrs) -> pd.DataFrame:
+        """Rows in order of concepts, prototypes and genes; names for numbers; the attribution."""
+        table = table.sort_values(["concept", "place"], kind="stable", ignore_index=True).drop(columns="place")
+        table["concept"] = self.concepts[table["concept"]]
+        for name, names in (("cell", self.adata.obs_names), ("gene", self.adata.var_names)):
+            table[name] = names.to_numpy()[table[name]]
+        table["attribution"] = (table["activation"] - table["occluded"]) / table["activation"]
+        table.attrs = {**self.settings(), **attrs}
+        return table
 
 
 def attribute(
     adata: AnnData,
     model: CellEncoder,
-    sae: SAE,
+    sae: Dictionary,
     concepts,
     config: AttributionConfig | None = None,
     key: str = "X_scGPT",
+    folder: str | Path | None = None,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
     **settings,
 ) -> pd.DataFrame:
-    """Attribution of every gene to concepts, in every prototype (Eq. 1).
+    """Attribution of every gene to concepts, in every prototype, exactly (Eq. 1).
+
+    For many concepts see :func:`scsae_utils.screening.attribute_all`.
 
     Parameters
     ----------
@@ -206,90 +309,52 @@ def attribute(
         One number or several.
     config
         Or its fields as keywords: ``attribute(adata, model, sae, 17, n_prototypes=30)``.
+    folder
+        Keep the work there, a file for each ``SHARD_CELLS`` prototype cells; a stopped computation goes on from it.
 
     Returns
     -------
     Table, one row for each concept, prototype and gene: ``concept``, ``cell`` (name), ``gene``, ``bin`` (before),
     ``counterfactual`` (mean bin or, re-binned, mean log value), ``change`` (``value``, ``remove`` or ``insert``),
-    ``activation``, ``occluded`` (activation after), ``attribution``. Settings in ``attrs``.
+    ``activation``, ``occluded`` (activation after), ``method`` (``exact``), ``attribution``. In ``attrs``: the
+    settings, ``n_passes`` (forward passes), ``n_unmatched`` (prototypes without a cell to match).
 
     Raises
     ------
     ValueError
-        If the cells were not embedded with this model, or a concept does not exist or never activates.
+        If the cells were not embedded with this model, a concept does not exist, never activates or always does, or
+        the folder holds work of other settings.
     """
+    plan = make_plan(adata, model, sae, concepts, config, key, settings)
+    shards = Shards(folder, {"method": "exact", **plan.settings()})
+    total = sum(len(plan.tokens(row)[2]) * len(uses) for row, uses in plan.cells.items())
+    with tqdm(total=total, desc="occluding genes", unit="gene", disable=not progress) as bar:
+        for i, rows in enumerate(plan.shards()):
+
+            def compute(rows=rows) -> pd.DataFrame:
+                parts, passes = [], 0
+                for row in rows:
+                    part = plan.changes(row)
+                    part["occluded"], n = plan.occluded(row, part, batch_tokens)
+                    parts.append(part.assign(method="exact"))
+                    passes += n
+                    bar.update(int((part["change"] != "insert").sum()))
+                table = pd.concat(parts, ignore_index=True)
+                table.attrs["n_passes"] = passes
+                return table
+
+            known, table = shards.get(f"exact-{i:05d}", compute)
+            if known:
+                bar.update(int((table["change"] != "insert").sum()))
+    tables = shards.tables("exact-")
+    return plan.finish(pd.concat(tables), n_passes=sum(t.attrs["n_passes"] for t in tables))
+
+
+def make_plan(adata, model, sae, concepts, config: AttributionConfig | None, key: str, settings: dict) -> Plan:
+    """The plan of a ``config`` or of its fields."""
     if config is not None and settings:
         raise ValueError("give a config or its fields, not both")
-    config = config or AttributionConfig(**settings)
-    check_embedded(adata, model, key)
-    concepts = np.atleast_1d(concepts).astype(int)
-    if (concepts < 0).any() or (concepts >= sae.config.n_concepts).any():
-        raise ValueError(f"concepts must be 0 to {sae.config.n_concepts - 1}, got {concepts.tolist()}")
-    embeddings = adata.obsm[key]
-    ids = token_ids(adata.var_names, model)
-    bins = adata.layers["bins"].tocsr()
-    U = sae.activations(embeddings)[:, concepts].toarray()
-    chosen = [prototypes_and_counterfactuals(embeddings, U[:, j], config) for j in range(len(concepts))]
-
-    parts = []
-    total = sum(int(np.diff(bins.indptr)[p].sum()) for p, _ in chosen)
-    with tqdm(total=total, desc="occluding genes", unit="gene", disable=not progress) as bar:
-        for j, (prototypes, counterfactuals) in enumerate(chosen):
-            source = adata.X if config.binning == "rebinned" else bins
-            pooled = np.asarray(source[np.unique(counterfactuals)].mean(axis=0)).ravel()
-            for row, own in zip(prototypes, counterfactuals):
-                mean = pooled
-                if config.counterfactual_mean == "matched":
-                    mean = np.asarray(source[own].mean(axis=0)).ravel()
-                part = occlude_cell(adata, model, bins, ids, row, mean, config, batch_tokens)
-                with torch.inference_mode():
-                    after = sae.encode(torch.from_numpy(part.pop("embedding")))[:, concepts[j]].numpy()
-                part = pd.DataFrame(part)
-                part.insert(0, "concept", concepts[j])
-                part.insert(1, "cell", adata.obs_names[row])
-                part["activation"] = U[row, j]
-                part["occluded"] = after
-                part["attribution"] = (part["activation"] - part["occluded"]) / part["activation"]
-                parts.append(part)
-                bar.update(int(np.diff(bins.indptr)[row]))
-    table = pd.concat(parts, ignore_index=True)
-    table.attrs = {**asdict(config), "model": adata.uns["scgpt"]["model"], "n_genes_panel": int((ids >= 0).sum())}
-    return table
-
-
-def occlude_cell(adata, model, bins, ids, row, mean, config: AttributionConfig, batch_tokens: int) -> dict:
-    """Columns of :func:`attribute` for one prototype, with the (M, d) embeddings after each change."""
-    cell_ids, values = cell_tokens(bins[row], ids, model)[0]
-    column = {token: i for i, token in enumerate(ids)}  # duplicates cannot be: symbols are unique
-    columns = np.array([column[t] for t in cell_ids[1:]], int)
-    positions = np.arange(1, len(cell_ids))
-    means = mean[columns].astype(np.float32)
-    if config.binning == "rebinned":
-        whole = bins[row].indices  # the bins are those of all genes, as many as there are
-        log_values = adata.X[row].toarray() if sparse.issparse(adata.X) else np.asarray(adata.X[row])
-        whole_ids = np.r_[cell_ids[0], ids[whole]]
-        place = {c: i for i, c in enumerate(whole, 1)}
-        places = [place[c] for c in columns]
-        embedding = rebinned(model, whole_ids, log_values.ravel()[whole], places, means, batch_tokens)
-        change = np.where(means > 0, "value", "remove")
-    else:
-        remove = (means < config.absent_below) & (config.absent == "remove")
-        embedding = occlude(model, cell_ids, values, positions, means, remove, batch_tokens)
-        change = np.where(remove, "remove", "value")
-    before = values[1:]
-    if config.insertion:
-        new = np.setdiff1d(np.flatnonzero((mean >= config.absent_below) & (ids >= 0)), columns)
-        embedding = np.r_[embedding, insert(model, cell_ids, values, ids[new], mean[new], batch_tokens)]
-        columns, before, means = np.r_[columns, new], np.r_[before, np.zeros(len(new))], np.r_[means, mean[new]]
-        change = np.r_[change, np.full(len(new), "insert")]
-    genes = adata.var_names[columns]
-    return {"gene": genes, "bin": before, "counterfactual": means, "change": change, "embedding": embedding}
-
-
-def prototypes_and_counterfactuals(embeddings, activations, config: AttributionConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of prototypes (P,) and of each one's counterfactuals (P, n)."""
-    prototypes = choose_prototypes(activations, config.n_prototypes)
-    return prototypes, choose_counterfactuals(embeddings, activations, prototypes, config.n_counterfactuals)
+    return Plan(adata, model, sae, concepts, config or AttributionConfig(**settings), key)
 
 
 def check_embedded(adata: AnnData, model: CellEncoder, key: str = "X_scGPT") -> None:

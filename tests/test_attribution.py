@@ -6,21 +6,20 @@ import pytest
 import torch
 from conftest import naive, perturbed
 
-from scsae_utils import attribution as module
-from scsae_utils import embed
+from scsae_utils import embed, occlusion
 from scsae_utils.attribution import (
     AttributionConfig,
+    Plan,
     attribute,
     check_embedded,
     choose_counterfactuals,
     choose_prototypes,
     gene_summary,
-    insert,
-    occlude,
-    rebinned,
     strongest_genes,
 )
 from scsae_utils.embedding import cell_tokens, token_ids
+from scsae_utils.encoder import PlantedConcept, PlantedEncoder
+from scsae_utils.occlusion import insert, occlude, rebinned
 from scsae_utils.sae import SAE, SAEConfig
 from scsae_utils.scgpt import ScGPTConfig, bin_values
 
@@ -73,6 +72,34 @@ class TestOccludingOneCell:
         out = occlude(model, ids, values, [1], [0], [True])
         np.testing.assert_allclose(out[0], naive(model, ids[:1], values[:1]), atol=1e-6)
 
+    @pytest.mark.parametrize("pre_norm", [False, True])
+    def test_sharing_the_first_layer_changes_nothing(self, few_cells, cell, pre_norm, monkeypatch):
+        """The same with the first layer of each pass on its own, also where the norm comes first."""
+        ids, values, _ = cell
+        model = perturbed(ScGPTConfig(16, 2, 24, 3, pre_norm=pre_norm), few_cells.var_names)
+        ids = np.r_[model.vocab["<cls>"], np.arange(3, len(ids) + 2)]
+        positions = np.arange(1, len(ids))
+        for remove in (False, True):
+            changes = positions, np.linspace(0, 50, len(positions)), np.full(len(positions), remove)
+            monkeypatch.setattr(occlusion, "UNSTABLE", 1.1)
+            shared = occlude(model, ids, values, *changes)
+            monkeypatch.setattr(occlusion, "UNSTABLE", 0.0)
+            np.testing.assert_allclose(shared, occlude(model, ids, values, *changes), atol=1e-5)
+
+    def test_attention_to_one_token_alone(self, few_cells, cell):
+        """Where a token has nearly all attention, what the others get cannot be told from what it leaves."""
+        ids, values, _ = cell
+        model = perturbed(ScGPTConfig(16, 2, 24, 3), few_cells.var_names)
+        ids = np.r_[model.vocab["<cls>"], np.arange(3, len(ids) + 2)]
+        model.transformer_encoder["layers"][0].self_attn.in_proj_weight[:32] *= 30
+        x = model.tokens(torch.as_tensor(ids)[None], torch.as_tensor(values)[None])[0]
+        first = occlusion.FirstLayer(model, x)
+        assert (~first.stable).any() and first.p.max() > 1 - 1e-6
+        every = np.arange(1, len(ids))
+        out = occlude(model, ids, values, every, np.zeros(len(every)), np.ones(len(every), bool))
+        for i in every:
+            np.testing.assert_allclose(out[i - 1], naive(model, np.delete(ids, i), np.delete(values, i)), atol=1e-4)
+
     @pytest.mark.parametrize("batch_tokens", [1, 8192])
     def test_insertion_equals_the_cell_with_the_gene(self, model, cell, batch_tokens):
         ids, values, _ = cell
@@ -109,10 +136,19 @@ class TestPrototypesAndCounterfactuals:
         """On a line at 0, 1, 2, 10, 11; active are 0 and 10."""
         x = np.array([[0.0], [1], [2], [10], [11]])
         activations = np.array([5.0, 0, 0, 4, 0])
-        assert choose_counterfactuals(x, activations, np.array([0, 3]), 2).tolist() == [[1, 2], [4, 2]]
-        assert choose_counterfactuals(x, activations, np.array([0]), 9).tolist() == [[1, 2, 4]]  # there are no more
+        chosen = choose_counterfactuals(x, activations, np.array([0, 3]), 2)
+        assert [c.tolist() for c in chosen] == [[1, 2], [4, 2]]
+        (all_there_are,) = choose_counterfactuals(x, activations, np.array([0]), 9)
+        assert all_there_are.tolist() == [1, 2, 4]
         with pytest.raises(ValueError, match="every cell activates the concept"):
             choose_counterfactuals(x, np.ones(5), np.array([0]), 2)
+
+    def test_matched_counterfactuals_by_hand(self):
+        """Cell 0 is of study a, with one silent cell; cell 3 of study c, with none: it has the nearest of all."""
+        x = np.array([[0.0], [1], [2], [10], [11]])
+        groups = ["a", "b", "a", "c", "b"]
+        chosen = choose_counterfactuals(x, np.array([5.0, 0, 0, 4, 0]), np.array([0, 3]), 2, groups)
+        assert [c.tolist() for c in chosen] == [[2], [4, 2]]
 
 
 class TestAttribute:
@@ -198,12 +234,14 @@ class TestAttribute:
         fed = embed(few_cells.copy(), short, progress=False)
         row = int(fed.X.getnnz(axis=1).argmax())
         assert fed.X[row].getnnz() > 14
-        part = module.occlude_cell(
-            fed, short, fed.layers["bins"], token_ids(fed.var_names, short), row,
-            fed.X[row].toarray().ravel(), AttributionConfig(binning="rebinned"), 8192,
-        )  # fmt: skip
-        assert len(part["gene"]) == 14
-        np.testing.assert_allclose(part["embedding"], np.tile(fed.obsm["X_scGPT"][row], (14, 1)), atol=1e-6)
+        sae = SAE(SAEConfig(n_concepts=1), 16).requires_grad_(False)
+        plan = Plan(fed, short, sae, [0], AttributionConfig(binning="rebinned"), "X_scGPT")
+        changes = pd.DataFrame({"concept": 0, "gene": plan.tokens(row)[2], "change": "value"})
+        changes["counterfactual"] = fed.X[row].toarray().ravel()[changes["gene"]]
+        after, n_passes = plan.occluded(row, changes, 8192)
+        assert n_passes == len(changes) == 14
+        before = sae.activations(fed.obsm["X_scGPT"][[row]])[0, 0]
+        np.testing.assert_allclose(after, before, atol=1e-6)
 
     def test_expression_may_be_dense(self, fed, model, relu_sae):
         dense = fed.copy()
@@ -222,38 +260,55 @@ class TestAttribute:
         assert table.attrs["n_prototypes"] == 1 and table.attrs["binning"] == "frozen"
         assert table.attrs["model"] == model.fingerprint() and table.attrs["n_genes_panel"] == fed.n_vars
 
-    def test_known_drivers_are_found(self, fed, model, monkeypatch):
-        """A model that reads two genes only: one drives the concept, the other holds it back."""
+    def test_known_drivers_are_found(self, fed):
+        """A planted model reads two genes: u = (driver - brake) / 50. The attribution of each is known by hand."""
         detected = np.asarray((fed.X > 0).mean(0)).ravel()
-        driver, brake = fed.var_names[abs(detected - 0.5).argmin()], fed.var_names[detected.argmax()]
-        first, second = model.vocab[driver], model.vocab[brake]
-
-        def tokens(ids, values):
-            x = torch.zeros(*ids.shape, 16)
-            x[..., 0] = values * (ids == first) / 50 - values * (ids == second) / 200
-            return x
-
-        def encode(x, keep=None, only_cls=True):
-            total = x if keep is None else x * keep[..., None]
-            out = total.sum(1)
-            out[:, 1] = 1.0
-            return out
-
-        monkeypatch.setattr(type(model), "tokens", lambda self, ids, values: tokens(ids, values))
-        monkeypatch.setattr(type(model), "encode", lambda self, *a, **k: encode(*a, **k))
-        known = embed(fed.copy(), model, progress=False)
-        sae = SAE(SAEConfig(n_concepts=2), 16).requires_grad_(False)
-        sae.W_e.zero_()
-        sae.W_e[0, 0], sae.W_e[1, 1] = 1, 1
-        sae.b_e[1] = -1.01  # never active
-        u = sae.activations(known.obsm["X_scGPT"])[:, 0].toarray().ravel()
-        assert 0 < (u > 0).sum() < len(u)
-        table = attribute(known, model, sae, 0, n_prototypes=5, absent="value", insertion=True, progress=False)
+        driver, brake = fed.var_names[abs(detected - 0.7).argmin()], fed.var_names[abs(detected - 0.4).argmin()]
+        planted = PlantedEncoder(fed.var_names, [PlantedConcept((driver,), inhibitors=(brake,))])
+        known = embed(fed.copy(), planted, progress=False)
+        sae = SAE(SAEConfig(n_concepts=1), 2).requires_grad_(False)
+        sae.W_e.zero_()[0, 0] = 1
+        table = attribute(known, planted, sae, 0, n_prototypes=8, absent="value", insertion=True, progress=False)
+        value = known.layers["bins"].toarray()[known.obs_names.get_indexer(table["cell"])]
+        value = pd.DataFrame(value, columns=known.var_names)
+        u, mean = (value[driver] - value[brake]) / 50, table["counterfactual"]
+        lost = np.where(table["gene"] == driver, value[driver] - mean, 0)
+        lost = np.where(table["gene"] == brake, mean - value[brake], lost) / 50
+        np.testing.assert_allclose(table["attribution"], np.minimum(lost, u) / u, atol=1e-5)
         summary = gene_summary(table, min_prototypes=3).loc[0]
-        assert summary.index[0] == driver and summary.loc[driver, "mean"] > 0.3 and summary.loc[driver, "selected"]
-        assert (table.loc[~table["gene"].isin([driver, brake]), "attribution"].abs() < 1e-6).all()
-        assert (table.loc[table["gene"] == driver, "attribution"] > 0).all()
-        assert (table.loc[(table["gene"] == brake) & (table["counterfactual"] < table["bin"]), "attribution"] < 0).all()
+        assert summary.index[summary["selected"]].tolist()[0] == driver
+        assert (
+            set(summary.index[summary["selected"]]) == {driver, brake} == set(summary.index[summary["mean"].abs() > 0])
+        )
+
+    def test_concepts_share_the_passes_of_a_cell(self, fed, model, relu_sae):
+        """With ``absent_below`` above all means every change is a removal: the same for all concepts."""
+        settings = {"n_prototypes": 20, "absent_below": 99, "progress": False}
+        every = attribute(fed, model, relu_sae, range(4), **settings)
+        alone = [attribute(fed, model, relu_sae, j, **settings) for j in range(4)]
+        assert every.attrs["n_passes"] == len(every[["cell", "gene"]].drop_duplicates()) < len(every)
+        pd.testing.assert_frame_equal(every, pd.concat(alone, ignore_index=True), atol=1e-4, check_exact=False)
+
+    def test_counterfactuals_of_the_prototypes_own_study(self, fed, model, relu_sae):
+        settings = {"n_prototypes": 2, "n_counterfactuals": 3, "counterfactual_mean": "matched", "progress": False}
+        table = attribute(fed, model, relu_sae, 4, counterfactual_match="study", **settings)
+        u = relu_sae.activations(fed.obsm["X_scGPT"])[:, 4].toarray().ravel()
+        for cell, part in table.groupby("cell"):
+            same = np.flatnonzero((u == 0) & (fed.obs["study"] == fed.obs.loc[cell, "study"]))
+            own = fed.obsm["X_scGPT"][fed.obs_names.get_loc(cell)]
+            nearest = same[np.linalg.norm(fed.obsm["X_scGPT"][same] - own, axis=1).argsort()[:3]]
+            means = pd.Series(fed.layers["bins"][nearest].toarray().mean(0), fed.var_names)
+            np.testing.assert_allclose(part["counterfactual"], means[part["gene"]], rtol=1e-5)
+        assert table.attrs["n_unmatched"] == 0
+
+    def test_prototypes_without_a_match_are_counted(self, fed, model, relu_sae):
+        alone = fed.copy()
+        alone.obs["cell"] = alone.obs_names
+        with pytest.warns(UserWarning, match="2 prototypes have no silent cell with their cell"):
+            table = attribute(alone, model, relu_sae, 4, counterfactual_match="cell", n_prototypes=2, progress=False)
+        assert table.attrs["n_unmatched"] == 2
+        with pytest.raises(ValueError, match="obs has no column 'donor'"):
+            attribute(fed, model, relu_sae, 4, counterfactual_match="donor", progress=False)
 
 
 class TestRefusals:
