@@ -353,21 +353,46 @@ def rename(symbols: pd.Index, aliases: dict[str, str]) -> pd.Index:
     return out
 
 
-def split_cells(adata: AnnData, share: float = 0.2, seed: int = 0) -> AnnData:
-    """Hold out a share of the cells of every type and study for validation, once; kept in ``obs["split"]``.
+def split_cells(adata: AnnData, share: float = 0.2, seed: int = 0, by: str | None = None) -> AnnData:
+    """Hold out a share of the cells for validation, once; kept in ``obs["split"]``.
+
+    Parameters
+    ----------
+    by
+        Column of ``obs``, such as ``"study"``: its values are held out as a whole, at random, until they make up
+        ``share`` of the cells (at least one of them, and not all). None: single cells, the same share of every type
+        and study.
 
     Returns
     -------
-    ``adata`` with ``obs["split"]``: ``"train"`` or ``"validation"``.
+    ``adata`` with ``obs["split"]``: ``"train"`` or ``"validation"``, and ``uns["split"]``: what was held out.
+
+    Raises
+    ------
+    ValueError
+        A share outside 0 to 1; no such column; a column with one value only.
     """
     if not 0 < share < 1:
         raise ValueError(f"the share of held-out cells must lie between 0 and 1, not {share}")
     rng = np.random.default_rng(seed)
     held_out = np.zeros(adata.n_obs, bool)
-    for rows in adata.obs.reset_index(drop=True).groupby(["study", "cell_type"], observed=True).groups.values():
-        rows = rng.permutation(np.asarray(rows))
-        held_out[rows[: int(len(rows) * share + rng.random())]] = True  # rounded at random, so that the total is right
+    if by is None:
+        for rows in adata.obs.reset_index(drop=True).groupby(["study", "cell_type"], observed=True).groups.values():
+            rows = rng.permutation(np.asarray(rows))
+            held_out[rows[: int(len(rows) * share + rng.random())]] = True  # rounded at random: the total is right
+    elif by not in adata.obs:
+        raise ValueError(f"split_by: obs has no column {by!r}{near_misses(by, adata.obs.columns)}")
+    else:
+        groups = adata.obs[by].astype(str)
+        names = rng.permutation(np.unique(groups))
+        if len(names) < 2:
+            raise ValueError(f"split_by: all cells have the same {by}; split by cell instead (split_by: null)")
+        for name in names[:-1]:
+            held_out |= (groups == name).to_numpy()
+            if held_out.mean() >= share:
+                break
     adata.obs["split"] = pd.Categorical(np.where(held_out, "validation", "train"), categories=["train", "validation"])
+    adata.uns["split"] = {"by": by or "cell", "share": float(held_out.mean()), "seed": seed}
     return adata
 
 

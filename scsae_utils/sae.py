@@ -8,6 +8,7 @@ the architectures of this module, :mod:`scsae_utils.dictionaries` has the refere
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -312,7 +313,7 @@ def make_sae(config: SAEConfig, dim: int) -> SAE:
 def keep_largest(u: Tensor, n: int, per_row: bool = False) -> Tensor:
     """Zero all but the ``n`` largest entries of u, over the whole batch or ``n / len(u)`` in each row."""
     flat = u if per_row else u.flatten()
-    values, where = flat.topk(min(n // len(u) if per_row else n, flat.shape[-1]), dim=-1)
+    values, where = flat.topk(min(n // len(u) if per_row else n, flat.shape[-1]), dim=-1, sorted=False)
     return torch.zeros_like(flat).scatter(-1, where, values).view_as(u)
 
 
@@ -341,7 +342,7 @@ def save_sae(sae: Dictionary, path: str | Path) -> None:
     write_tensors(path, sae.state_dict(), {"config": asdict(sae.config), "history": sae.history.to_dict("list")})
 
 
-def load_sae(path: str | Path) -> Dictionary:
+def load_sae(path: str | Path) -> SAE:
     """Open what :func:`save_sae` wrote.
 
     Raises
@@ -349,6 +350,11 @@ def load_sae(path: str | Path) -> Dictionary:
     FileNotFoundError, ValueError
         No such file; not a dictionary of this package; tensors missing or of the wrong shape.
     """
+    return load_tensors(path, lambda config, dim: make_sae(SAEConfig(**config), dim))
+
+
+def load_tensors(path: str | Path, make: Callable[[dict, int], Dictionary]) -> Dictionary:
+    """Fill the dictionary that ``make`` gives for a configuration and a width with the weights of a file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no SAE at {str(path)!r}: run chapter 02_sae (or `make book`) first")
     metadata = read_metadata(path)
@@ -358,9 +364,9 @@ def load_sae(path: str | Path) -> Dictionary:
     if "b_d" not in tensors:
         raise ValueError(f"{path} lacks the tensor b_d")
     try:
-        sae = make_sae(SAEConfig(**metadata["config"]), len(tensors["b_d"]))
-        sae.load_state_dict(tensors)
+        dictionary = make(metadata["config"], len(tensors["b_d"]))
+        dictionary.load_state_dict(tensors)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{path} does not fit its configuration: {error}") from error
-    sae.history = pd.DataFrame(metadata.get("history", {}))
-    return sae.eval().requires_grad_(False)
+    dictionary.history = pd.DataFrame(metadata.get("history", {}))
+    return dictionary.eval().requires_grad_(False)

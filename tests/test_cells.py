@@ -353,6 +353,25 @@ class TestSplit:
         with pytest.raises(ValueError, match="between 0 and 1"):
             split_cells(mini_cells, share)
 
+    def test_whole_donors_are_held_out(self, mini_cells):
+        cells = mini_cells[:1000].copy()
+        cells.obs["study"] = np.arange(1000) % 10
+        split_cells(cells, 0.25, by="study")
+        assert cells.obs.groupby("study")["split"].nunique().max() == 1
+        assert (cells.obs["split"] == "validation").sum() == 300  # the first whole donors that reach the share
+        assert cells.uns["split"] == {"by": "study", "share": 0.3, "seed": 0}
+        cells.obs["study"] = np.where(np.arange(1000) < 990, "large", "small")
+        for seed in range(4):  # whichever comes first: one is held out, and one is left
+            assert split_cells(cells, 0.2, seed, by="study").obs["split"].nunique() == 2
+
+    def test_a_column_that_cannot_split(self, mini_cells):
+        cells = mini_cells[:100].copy()
+        with pytest.raises(ValueError, match="no column 'donor'"):
+            split_cells(cells, by="donor")
+        cells.obs["study"] = "one"
+        with pytest.raises(ValueError, match="all cells have the same study"):
+            split_cells(cells, by="study")
+
 
 def test_every_packaged_source_is_described_by_its_name():
     assert set(SOURCES) == {"mini", "pbmc68k", "celltypist"}
