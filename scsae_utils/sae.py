@@ -136,7 +136,7 @@ class Dictionary(nn.Module):
         super().__init__()
         self.config = config
         self.W_d = nn.Parameter(torch.zeros(config.n_concepts, dim))
-        self.W_e = nn.Parameter(torch.zeros(dim, config.n_concepts))
+        self.W_e = nn.Parameter(torch.zeros(config.n_concepts, dim).T)  # a concept's weights lie together
         self.b_e = nn.Parameter(torch.zeros(config.n_concepts))
         self.b_d = nn.Parameter(torch.zeros(dim))
         self.register_buffer("threshold", torch.zeros(()))

@@ -7,7 +7,7 @@ import json
 import math
 import mmap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,35 +21,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .sae import SAE, BatchTopK, SAEConfig, make_sae, read_metadata, write_tensors
+from .sparse_training import Step, can_be_sparse, sparse_step
 
 STRETCH = 1024  # consecutive cells that are read at once
 GROUP = 65_536  # cells that are in memory and shuffled at once
 SAMPLE = 4096  # cells for the start of b_d, the threshold, and the loss on held-out cells
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a training step tells of its batch.
-
-    Parameters
-    ----------
-    loss
-        That the gradients are of.
-    squared_error
-        Sum over cells and coordinates of (a - a')^2.
-    fired
-        (c,) mask of the concepts that are active in some cell.
-    n_active
-        Number of pairs of a cell and an active concept.
-    """
-
-    loss: float
-    squared_error: float
-    fired: Tensor
-    n_active: int
-
-
-Gradients = Callable[[SAE, Tensor, Tensor, float], Step]
+def training_step(sae: SAE, optimizer: torch.optim.Adam, a: Tensor, dead: Tensor, warm: float = 1.0) -> Step:
+    """One step on a batch a (n, d); see :meth:`SAE.loss`. Sparse where that is quicker, dense by autograd elsewhere."""
+    done = sparse_step(sae, optimizer, a, warm) if can_be_sparse(sae) else None
+    if done is None:
+        done = dense_gradients(sae, a, dead, warm)
+        step(sae, optimizer)
+    return done
 
 
 def dense_gradients(sae: SAE, a: Tensor, dead: Tensor, warm: float = 1.0) -> Step:
@@ -173,13 +158,13 @@ def train_saes(
     checkpoint: str | Path | None = None,
     progress: bool = True,
     checkpoint_every: float = 60,
-    gradients: Gradients = dense_gradients,
     device: str = "cpu",
 ) -> list[SAE]:
     """Train several dictionaries in one pass over the cells: each batch is read once and given to all.
 
     Each is the same as if it had been trained alone. Memory does not grow with the number of cells if these lie on
-    disk.
+    disk. The ``paper`` architecture is trained by :func:`scsae_utils.sparse_training.sparse_step` on a CPU if the
+    dictionary is large, in each batch that has few active concepts; the result is the same up to rounding.
 
     Parameters
     ----------
@@ -196,8 +181,6 @@ def train_saes(
         the end.
     checkpoint_every
         Seconds between two writings of it, which come at the end of an epoch.
-    gradients
-        Fills ``.grad`` for a batch; see :func:`dense_gradients`.
     device
         Of the training; the dictionaries come back to the CPU.
 
@@ -234,7 +217,7 @@ def train_saes(
         running = [t for t in trainees if not t.done]
         if not running:
             break
-        train_epoch(running, data.batches(batch_size, [order_seed, epoch]), len(data), total, gradients, device)
+        train_epoch(running, data.batches(batch_size, [order_seed, epoch]), len(data), total, device)
         if watched is not None:
             for trainee in running:
                 watch(trainee, watched)
@@ -287,9 +270,7 @@ def start(config: SAEConfig, median: Tensor) -> Trainee:
     return Trainee(sae, optimizer, torch.zeros(config.n_concepts, device=median.device))
 
 
-def train_epoch(
-    trainees: list[Trainee], batches: Iterator[Tensor], n: int, total: float, gradients: Gradients, device: str
-) -> None:
+def train_epoch(trainees: list[Trainee], batches: Iterator[Tensor], n: int, total: float, device: str) -> None:
     """One pass over the batches, of ``n`` cells in all; ``total`` is their sum of squares about the mean."""
     configs = [t.sae.config for t in trainees]
     epoch, n_batches = len(trainees[0].history), math.ceil(n / configs[0].batch_size)
@@ -302,11 +283,10 @@ def train_epoch(
             done = min(1.0, (epoch + (b + 1) / n_batches) / config.epochs)  # share of the training
             warm = min(1.0, done / config.warmup) if config.warmup else 1.0
             cool = min(1.0, (1 - done) / config.decay) if config.decay else 1.0
-            result = gradients(trainee.sae, a, dead[i], warm)
+            trainee.optimizer.param_groups[0]["lr"] = config.learning_rate * warm * cool
+            result = training_step(trainee.sae, trainee.optimizer, a, dead[i], warm)
             sums[i] += result.loss * len(a), result.squared_error, result.n_active
             fired[i] |= result.fired
-            trainee.optimizer.param_groups[0]["lr"] = config.learning_rate * warm * cool
-            step(trainee.sae, trainee.optimizer)
     for trainee, each, (loss, error, active) in zip(trainees, fired, sums):
         trainee.silent = torch.where(each, torch.zeros_like(trainee.silent), trainee.silent + 1)
         row = {"loss": loss / n, "variance_explained": 1 - error / total, "concepts_per_cell": active / n}
@@ -389,5 +369,7 @@ def load_checkpoint(path: str | Path, trainees: list[Trainee], digest: str = "")
             p, name = key.split(".")
             state.setdefault(int(p), {})[name] = tensor
         t.optimizer.load_state_dict({"state": state, "param_groups": t.optimizer.state_dict()["param_groups"]})
+        for parameter, kept in t.optimizer.state.items():  # laid out as the parameter is, which W_e has by columns
+            kept |= {k: torch.empty_like(parameter).copy_(kept[k]) for k in ("exp_avg", "exp_avg_sq")}
         t.best, t.best_epoch = parts["best"], metadata["best_epoch"][i]
         t.silent, t.history = tensors[f"{i}.silent"].to(t.silent.device), metadata["history"][i]
