@@ -1,17 +1,12 @@
 """Small things that many tests share, made once. None of them needs the pretrained model or the network."""
 
-import importlib.metadata
-import importlib.util
-import logging
 import os
-import sys
-import types
-from pathlib import Path
 
 # The tensors here are too small to be shared out. Numba counts too: it sets the number of threads that torch uses.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
+import genuine  # noqa: E402
 import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
@@ -41,6 +36,18 @@ def perturbed(config: ScGPTConfig, genes, seed: int = 0) -> ScGPT:
     return model.eval().requires_grad_(False)
 
 
+def batch(model: ScGPT, lengths, seed: int = 0):
+    """Random cells as ``embed_data`` collates them: ids, values and True where there is padding."""
+    rng = np.random.default_rng(seed)
+    ids = np.full((len(lengths), max(lengths)), model.vocab["<pad>"])
+    values = np.full(ids.shape, -2.0, np.float32)
+    for row, n in enumerate(lengths):
+        ids[row, :n] = np.r_[model.vocab["<cls>"], rng.choice(np.arange(3, len(model.vocab)), n - 1, replace=False)]
+        values[row, 1:n] = rng.uniform(1, 50, n - 1)
+    padding = np.arange(max(lengths)) >= np.array(lengths)[:, None]
+    return torch.from_numpy(ids), torch.from_numpy(values), torch.from_numpy(padding)
+
+
 def naive(model, ids, values) -> np.ndarray:
     """The model run on one cell, on its own."""
     return model(torch.as_tensor(ids)[None], torch.as_tensor(values, dtype=torch.float32)[None])[0].numpy()
@@ -48,23 +55,16 @@ def naive(model, ids, values) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def genuine_module():
-    """Imports a module of the genuine scgpt, without the rest of that package, which does not import.
+    """Imports a module of the genuine scgpt; see :mod:`genuine`.
 
     The wheel is there for comparison only, so that a machine may lack it; with ``CI`` set it has to be there.
     """
-    spec = importlib.util.find_spec("scgpt")
-    if spec is None:
-        message = "the genuine scgpt is not installed: pip install --no-deps scgpt==0.2.4"
+    if not genuine.is_installed():
+        message = f"the genuine scgpt is not installed: pip install --no-deps scgpt=={genuine.VERSION}"
         if os.environ.get("CI"):
             pytest.fail(message)
         pytest.skip(message)
-    assert importlib.metadata.version("scgpt") == "0.2.4"
-    root = Path(spec.submodule_search_locations[0])
-    for name, path in {"scgpt": root, "scgpt.model": root / "model"}.items():
-        sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__path__ = [str(path)]
-    sys.modules["scgpt"].logger = logging.getLogger("scgpt")
-    return importlib.import_module
+    return genuine.module
 
 
 @pytest.fixture(scope="session")

@@ -1,46 +1,18 @@
-"""The network, against the genuine scgpt 0.2.4; and opening model folders, whole and broken."""
+"""What the network's output depends on; and opening model folders, whole and broken."""
 
 import json
 import os
 import pickle
 
-import numpy as np
 import pytest
 import torch
-from conftest import perturbed
+from conftest import batch, perturbed
 from safetensors.torch import load_file, save_file
 
 from scsae_utils.scgpt import ScGPT, ScGPTConfig, load_model, save_model
 
 SMALL = ScGPTConfig(embsize=16, nheads=4, d_hid=24, nlayers=3)
 GENES = [f"G{i}" for i in range(40)]
-
-
-@pytest.fixture(scope="session")
-def genuine(genuine_module):
-    return genuine_module("scgpt.model.model")
-
-
-def genuine_twin(genuine, model: ScGPT):
-    """The genuine network with the weights of ours."""
-    c = model.config
-    twin = genuine.TransformerModel(len(model.vocab), c.embsize, c.nheads, c.d_hid, c.nlayers, vocab=model.vocab)
-    left = twin.load_state_dict(model.state_dict(), strict=False)
-    assert not left.unexpected_keys
-    assert not [key for key in left.missing_keys if not key.startswith(("decoder.", "cls_decoder."))]
-    return twin.eval()
-
-
-def batch(model: ScGPT, lengths, seed: int = 0):
-    """Random cells as ``embed_data`` collates them: ids, values and True where there is padding."""
-    rng = np.random.default_rng(seed)
-    ids = np.full((len(lengths), max(lengths)), model.vocab["<pad>"])
-    values = np.full(ids.shape, -2.0, np.float32)
-    for row, n in enumerate(lengths):
-        ids[row, :n] = np.r_[model.vocab["<cls>"], rng.choice(np.arange(3, len(model.vocab)), n - 1, replace=False)]
-        values[row, 1:n] = rng.uniform(1, 50, n - 1)
-    padding = np.arange(max(lengths)) >= np.array(lengths)[:, None]
-    return torch.from_numpy(ids), torch.from_numpy(values), torch.from_numpy(padding)
 
 
 @pytest.fixture
@@ -54,90 +26,6 @@ def rewrite(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
-
-
-class TestAgainstTheGenuineModel:
-    @torch.no_grad()
-    @pytest.mark.parametrize("lengths", [[1], [2, 2], [30], [5, 12, 31, 2], [40, 7]])
-    def test_cell_embeddings_are_equal(self, genuine, lengths):
-        model = perturbed(SMALL, GENES)
-        twin = genuine_twin(genuine, model)
-        ids, values, padding = batch(model, lengths)
-        expected = twin._encode(ids, values, padding)
-        keep = None if len(set(lengths)) == 1 else ~padding
-        torch.testing.assert_close(model.encode(model.tokens(ids, values), keep), expected[:, 0], atol=1e-5, rtol=0)
-        unit = expected[:, 0] / expected[:, 0].norm(dim=1, keepdim=True)
-        torch.testing.assert_close(model(ids, values, keep), unit, atol=1e-6, rtol=0)
-
-    @torch.no_grad()
-    def test_every_token_is_equal(self, genuine):
-        model = perturbed(SMALL, GENES)
-        ids, values, padding = batch(model, [9, 9, 9])
-        every = model.encode(model.tokens(ids, values), only_cls=False)
-        torch.testing.assert_close(every, genuine_twin(genuine, model)._encode(ids, values, padding), atol=1e-5, rtol=0)
-
-    @torch.no_grad()
-    def test_values_beyond_the_bins_are_treated_alike(self, genuine):
-        """Raw counts above 512 count as 512; masked (-1), padded (-2) and mean values go through the same encoder."""
-        model = perturbed(SMALL, GENES)
-        values = torch.tensor([[-2.0, -1.0, 0.0, 0.37, 50.0, 512.0, 513.0, 1e5]])
-        expected = genuine_twin(genuine, model).value_encoder(values)
-        torch.testing.assert_close(model.value_encoder(values), expected, atol=1e-6, rtol=0)
-        assert torch.equal(model.value_encoder(values)[0, 5], model.value_encoder(values)[0, 7])
-
-    @torch.no_grad()
-    def test_the_size_of_the_whole_human_model(self, genuine):
-        config = ScGPTConfig(embsize=512, nheads=8, d_hid=512, nlayers=12)
-        model = perturbed(config, [f"G{i}" for i in range(100)])
-        assert len(model.state_dict()) == 153
-        ids, values, padding = batch(model, [20, 13])
-        expected = genuine_twin(genuine, model)._encode(ids, values, padding)[:, 0]
-        torch.testing.assert_close(model.encode(model.tokens(ids, values), ~padding), expected, atol=1e-5, rtol=0)
-        torch.testing.assert_close(
-            model(ids, values, ~padding), expected / expected.norm(dim=1, keepdim=True), atol=1e-6, rtol=0
-        )
-
-    @torch.no_grad()
-    @pytest.mark.parametrize("pre_norm", [False, True])
-    def test_the_flash_form_and_its_names(self, genuine, monkeypatch, tmp_path, pre_norm):
-        """The released files come from the flash-attention form: ``Wqkv``, and optionally norms before the blocks."""
-
-        class FlashMHA(torch.nn.Module):
-            """What flash-attn's layer computes, in plain torch."""
-
-            def __init__(self, embed_dim, num_heads, **_):
-                super().__init__()
-                self.num_heads = num_heads
-                self.Wqkv = torch.nn.Linear(embed_dim, 3 * embed_dim)
-                self.out_proj = torch.nn.Linear(embed_dim, embed_dim)
-
-            def forward(self, x, key_padding_mask=None):
-                n, length, dim = x.shape
-                q, k, v = self.Wqkv(x).view(n, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-                scores = q @ k.transpose(-1, -2) / (dim // self.num_heads) ** 0.5
-                if key_padding_mask is not None:
-                    scores = scores.masked_fill(~key_padding_mask[:, None, None], float("-inf"))
-                return self.out_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, length, dim)), None
-
-        monkeypatch.setattr(genuine, "FlashMHA", FlashMHA, raising=False)
-        monkeypatch.setattr(genuine, "flash_attn_available", True)
-        torch.manual_seed(1)
-        vocab = perturbed(SMALL, GENES).vocab
-        twin = genuine.TransformerModel(
-            len(vocab), 16, 4, 24, 3, vocab=vocab, use_fast_transformer=True, pre_norm=pre_norm
-        ).eval()
-        for parameter in twin.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-        args = {"embsize": 16, "nheads": 4, "d_hid": 24, "nlayers": 3, "pre_norm": pre_norm}
-        (tmp_path / "args.json").write_text(json.dumps(args))
-        (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-        torch.save(twin.state_dict(), tmp_path / "best_model.pt")
-        assert any("Wqkv" in key for key in twin.state_dict())
-        model = load_model(tmp_path)
-        ids, values, padding = batch(model, [9, 20])
-        expected = twin._encode(ids, values, padding)[:, 0]
-        torch.testing.assert_close(model.encode(model.tokens(ids, values), ~padding), expected, atol=1e-5, rtol=1e-5)
-        assert all(name.startswith(("decoder.", "cls_decoder.")) for name in model.ignored) and model.ignored
 
 
 class TestNetwork:
