@@ -10,6 +10,7 @@ import scanpy as sc
 from anndata import AnnData
 from scipy import sparse
 from sklearn.preprocessing import normalize
+from statsmodels.stats.proportion import proportion_confint
 
 from .cells import LEVELS, UNASSIGNED, near_misses
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # so that figures of cells do not depend on the SAE's code
     from .sae import SAE
 
 KINDS = ("whole-cell-type", "sub-cell-type", "cross-cell-type")
+SCORES = tuple(f"{name}{end}" for name in ("specificity", "sensitivity") for end in ("", "_low", "_high"))
 
 
 def concept_data(adata: AnnData, sae: SAE, min_frequency: float = 1e-4, key: str = "X_scGPT") -> AnnData:
@@ -120,6 +122,13 @@ def active_counts(concepts: AnnData, level: str) -> tuple[pd.DataFrame, pd.Serie
     return pd.DataFrame(counts, index=concepts.var_names, columns=list(types.cat.categories)), types.value_counts()
 
 
+def wilson(hits, n) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper end of the 95 % interval (Wilson 1927) of shares ``hits / n``; 0 and 1 where n is 0."""
+    hits, n = np.asarray(hits, float), np.asarray(n, float)
+    low, high = proportion_confint(hits, np.where(n > 0, n, 1), method="wilson")
+    return np.where(n > 0, np.maximum(low, 0), 0.0), np.where(n > 0, np.minimum(high, 1), 1.0)
+
+
 def taxonomy(concepts: AnnData, threshold: float = 0.8) -> pd.DataFrame:
     """Main cell type and kind of every concept (paper A.4).
 
@@ -132,10 +141,12 @@ def taxonomy(concepts: AnnData, threshold: float = 0.8) -> pd.DataFrame:
     Table, one row for each concept: ``main_type``, ``level``, ``specificity`` = P(type | active), ``sensitivity`` =
     P(active | type), ``f1`` of the two, ``kind``: whole-cell-type (both above the threshold), sub-cell-type
     (specificity alone), cross-cell-type (the rest). Concepts that never activate have an empty ``kind``.
+    ``specificity_low``, ``specificity_high``, ``sensitivity_low`` and ``sensitivity_high`` are 95 % intervals
+    (:func:`wilson`; not in the paper). They take the type as given, and it was chosen on these cells:
+    :func:`score_types` on others is the fair score.
     """
-    rows = pd.DataFrame(
-        {"main_type": "", "level": "", "specificity": np.nan, "sensitivity": np.nan}, index=concepts.var_names
-    ).astype({"main_type": object, "level": object})
+    rows = pd.DataFrame({"main_type": "", "level": ""}, index=concepts.var_names, dtype=object)
+    rows[[*SCORES]] = np.nan
     active = concepts.X.getnnz(axis=0) > 0
     found = np.zeros(concepts.n_vars, bool)
     for level, force in [("low", False), ("mid", False), ("high", False), ("low", True)]:
@@ -149,10 +160,9 @@ def taxonomy(concepts: AnnData, threshold: float = 0.8) -> pd.DataFrame:
         new = active & ~found & (hits > 0).to_numpy() & ((share > threshold).to_numpy() | force)
         rows.loc[new, "main_type"] = best[new]
         rows.loc[new, "level"] = level
-        rows.loc[new, "specificity"] = share[new]
-        rows.loc[new, "sensitivity"] = (hits / best.map(sizes))[new]
+        rows.loc[new, [*SCORES]] = shares_of_type(hits[new], counts.sum(axis=1)[new], best[new].map(sizes))
         found |= new
-    rows.loc[active & ~found, ["specificity", "sensitivity"]] = 0.0
+    rows.loc[active & ~found, [*SCORES]] = 0.0
     total = rows["specificity"] + rows["sensitivity"]
     rows["f1"] = 2 * rows["specificity"] * rows["sensitivity"] / total.replace(0, 1)
     specific, sensitive = rows["specificity"] > threshold, rows["sensitivity"] > threshold
@@ -160,21 +170,31 @@ def taxonomy(concepts: AnnData, threshold: float = 0.8) -> pd.DataFrame:
     return rows
 
 
-def score_types(concepts: AnnData, main: pd.DataFrame) -> pd.DataFrame:
-    """Specificity, sensitivity and F1 of given main types (``main_type``, ``level``) in these cells.
+def shares_of_type(hits: pd.Series, n_active: pd.Series, n_type: pd.Series) -> pd.DataFrame:
+    """Specificity and sensitivity with their intervals, from numbers of cells: of both, active, of the type."""
+    table = {}
+    for name, n in (("specificity", n_active), ("sensitivity", n_type.astype(float))):
+        table[name] = hits / n.replace(0, np.nan)
+        table[f"{name}_low"], table[f"{name}_high"] = wilson(hits, n)
+    return pd.DataFrame(table, index=hits.index)[[*SCORES]]
 
-    To be used with types that were chosen on other cells: ``score_types(held_out, taxonomy(training))``.
+
+def score_types(concepts: AnnData, main: pd.DataFrame) -> pd.DataFrame:
+    """Specificity, sensitivity (with intervals, see :func:`wilson`) and F1 of given main types in these cells.
+
+    To be used with types (``main_type``, ``level``) that were chosen on other cells:
+    ``score_types(held_out, taxonomy(training))``.
     ``n_active`` is the number of active cells; with none, specificity is missing and F1 is 0. All are missing for a
     type that no cell has.
     """
-    out = pd.DataFrame(np.nan, index=main.index, columns=["specificity", "sensitivity", "f1"])
+    out = pd.DataFrame(np.nan, index=main.index, columns=[*SCORES, "f1"])
     out["n_active"] = concepts[:, main.index].X.getnnz(axis=0)
     for level, group in main[main["level"] != ""].groupby("level"):
         counts, sizes = active_counts(concepts[:, group.index], level)
         present = group["main_type"].isin(counts.columns)
         hits = pd.Series({j: counts.at[j, t] for j, t in group.loc[present, "main_type"].items()}, dtype=float)
-        out.loc[hits.index, "specificity"] = hits / counts.sum(axis=1)[hits.index].replace(0, np.nan)
-        out.loc[hits.index, "sensitivity"] = hits / group.loc[present, "main_type"].map(sizes)
+        n_type = group.loc[present, "main_type"].map(sizes)
+        out.loc[hits.index, [*SCORES]] = shares_of_type(hits, counts.sum(axis=1)[hits.index], n_type)
     total = out["specificity"] + out["sensitivity"]
     out["f1"] = (2 * out["specificity"] * out["sensitivity"] / total.replace(0, 1)).mask(out["sensitivity"] == 0, 0)
     return out
@@ -184,8 +204,8 @@ def add_taxonomy(concepts: AnnData, threshold: float = 0.8) -> AnnData:
     """Put :func:`taxonomy` over all cells into ``var``, and beside it the held-out check.
 
     ``study_share`` is the largest share of one study among a concept's active cells: near 1, the concept may say where
-    a cell comes from. ``f1_train`` and ``f1_held_out`` (with ``specificity_held_out``, ``sensitivity_held_out``,
-    ``main_type_train``) are of main types that were chosen on the training cells alone.
+    a cell comes from. ``f1_train`` and ``f1_held_out`` (with ``specificity_held_out``, ``sensitivity_held_out``, their
+    intervals, and ``main_type_train``) are of main types that were chosen on the training cells alone.
     """
     concepts.var = concepts.var.drop(columns=concepts.var.columns.intersection(taxonomy_columns)).join(
         taxonomy(concepts, threshold)
@@ -198,14 +218,14 @@ def add_taxonomy(concepts: AnnData, threshold: float = 0.8) -> AnnData:
     chosen = taxonomy(concepts[train], threshold)
     held_out = score_types(concepts[~train], chosen)
     concepts.var["main_type_train"], concepts.var["f1_train"] = chosen["main_type"], chosen["f1"]
-    for name in ("specificity", "sensitivity", "f1"):
+    for name in (*SCORES, "f1"):
         concepts.var[f"{name}_held_out"] = held_out[name]
     return concepts
 
 
 taxonomy_columns = [
-    *("main_type", "level", "specificity", "sensitivity", "f1", "kind", "study_share", "main_type_train", "f1_train"),
-    *("specificity_held_out", "sensitivity_held_out", "f1_held_out"),
+    *("main_type", "level", *SCORES, "f1", "kind", "study_share", "main_type_train", "f1_train", "f1_held_out"),
+    *(f"{name}_held_out" for name in SCORES),
 ]
 
 

@@ -25,6 +25,7 @@ from scsae_utils.concepts import (
     taxonomy,
     type_shares,
     variance_explained,
+    wilson,
 )
 from scsae_utils.sae import SAE, SAEConfig
 
@@ -197,13 +198,24 @@ class TestTaxonomy:
             assert row["sensitivity"] == pytest.approx((on & is_type).sum() / is_type.sum())
 
 
+def test_wilson_by_hand():
+    """Of 10 all or none: z^2 / (10 + z^2) away from the end; 8 of 10 as in Wilson's formula; of none anything."""
+    low, high = wilson([10, 0, 8, 0], [10, 10, 10, 0])
+    np.testing.assert_allclose(low, [10 / 13.8415, 0, 0.49016, 0], atol=1e-5)
+    np.testing.assert_allclose(high, [1, 3.8415 / 13.8415, 0.94332, 1], atol=1e-5)
+
+
 class TestHeldOut:
     def test_scores_by_hand(self):
         """Two of three active cells are b, two of four b are active: F1 = 2 * 2 / (3 + 4)."""
         concepts = make(["b"] * 4 + ["cm"] * 4, [0, 1, 4])
         main = pd.DataFrame({"main_type": ["b"], "level": ["low"]}, index=["concept_0"])
         row = score_types(concepts, main).iloc[0]
-        assert row.to_dict() == pytest.approx({"specificity": 2 / 3, "sensitivity": 0.5, "f1": 4 / 7, "n_active": 3})
+        scores = row[["specificity", "sensitivity", "f1", "n_active"]].to_dict()
+        assert scores == pytest.approx({"specificity": 2 / 3, "sensitivity": 0.5, "f1": 4 / 7, "n_active": 3})
+        # 2 of 3: (2 + z^2 / 2 -+ z sqrt(2 / 3 + z^2 / 4)) / (3 + z^2), with z^2 = 3.8415
+        assert (row["specificity_low"], row["specificity_high"]) == pytest.approx((0.2077, 0.9385), abs=1e-4)
+        assert (row["sensitivity_low"], row["sensitivity_high"]) == pytest.approx((0.1500, 0.8500), abs=1e-4)
 
     def test_a_concept_that_stays_silent_scores_zero_and_not_missing(self):
         """A mean over missing scores would leave out the worst concepts."""
