@@ -30,7 +30,7 @@ def files(*names):
 rule book:
     """Render the executed notebooks and the pages around them."""
     input:
-        expand(f"{RUN}/notebooks/{{name}}.ipynb", name=["01_embedding", "02_sae", "03_concept_taxonomy", "04_case_study", "05_myeloid_concepts"]),
+        expand(f"{RUN}/notebooks/{{name}}.ipynb", name=["00_ten_cells", "01_embedding", "02_sae", "03_concept_taxonomy", "04_case_study", "05_myeloid_concepts", "05b_drivers"]),
         PAGES,
         [str(p) for p in sorted(Path("book").rglob("*")) if p.is_file()],
         "_config.yml",
@@ -41,6 +41,19 @@ rule book:
         f"{RUN}/book/index.html",
     shell:
         "python -m scsae_utils.book build --run {RUN} > /dev/null"
+
+
+rule ten_cells:
+    """Every step by hand; needs no results and makes none."""
+    input:
+        needs("00_ten_cells"),
+    output:
+        f"{RUN}/notebooks/00_ten_cells.ipynb",
+    params:
+        P["ten_cells"],
+    threads: workflow.cores
+    shell:
+        EXECUTE + " 00_ten_cells"
 
 
 rule embedding:
@@ -133,3 +146,18 @@ rule myeloid_concepts:
     threads: workflow.cores
     shell:
         EXECUTE + " 05_myeloid_concepts"
+
+
+rule drivers:
+    """The genes of every concept, as statistics."""
+    input:
+        needs("05b_drivers"),
+        f"{RUN}/concepts.h5ad",
+    output:
+        f"{RUN}/notebooks/05b_drivers.ipynb",
+        f"{RUN}/drivers.parquet",
+    params:
+        P["drivers"],
+    threads: workflow.cores
+    shell:
+        EXECUTE + " 05b_drivers"

@@ -20,11 +20,13 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = {  # notebook: section of the profile
+    "00_ten_cells": "ten_cells",
     "01_embedding": "embedding",
     "02_sae": "sae",
     "03_concept_taxonomy": "concept_taxonomy",
     "04_case_study": "case_study",
     "05_myeloid_concepts": "myeloid_concepts",
+    "05b_drivers": "drivers",
 }
 
 
