@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -219,27 +220,35 @@ def compare_occlusions(
 ) -> pd.DataFrame:
     """Do other ways of occlusion give the same genes? Each option of ``config`` is changed, one at a time.
 
+    Counterfactuals of the prototype's own study are tried where ``obs["study"]`` has more than one.
+
     Returns
     -------
     One row for each way: ``correlation`` with the attributions of ``config`` over the genes of ``n_prototypes``
     prototypes, ``top 10 shared`` (share of the ten genes with the largest mean |attribution|), ``largest``
     |attribution|.
     """
-    config = replace(config, n_prototypes=n_prototypes, insertion=False)
+    config = replace(config, n_prototypes=n_prototypes, insertion=False, counterfactual_match=None)
     options = {"absent": ("remove", "value"), "binning": ("frozen", "rebinned")}
     options["counterfactual_mean"] = ("pooled", "matched")
+    if config.binning == "frozen":
+        options["insertion"] = (True,)
+    if "study" in adata.obs and adata.obs["study"].nunique() > 1:
+        options["counterfactual_match"] = ("study",)
     ways = {"as chosen": config}
     for name, values in options.items():
         for value in set(values) - {getattr(config, name)}:
             ways[f"{name}: {value}"] = replace(config, **{name: value})
-    results = {
-        name: attribute(adata, model, sae, concept, way, progress=False).set_index(["cell", "gene"])["attribution"]
-        for name, way in ways.items()
-    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* prototypes have no silent cell with their study")
+        results = {
+            name: attribute(adata, model, sae, concept, way, progress=False).set_index(["cell", "gene"])["attribution"]
+            for name, way in ways.items()
+        }
     reference = results["as chosen"]
 
     def top(result: pd.Series) -> set[str]:
-        return set(result.abs().groupby("gene").mean().nlargest(10).index)
+        return set(result.abs().groupby("gene").sum().nlargest(10).index)
 
     return pd.DataFrame(
         {

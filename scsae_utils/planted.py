@@ -93,7 +93,7 @@ def plant(
     n_passengers
         Genes of each concept that go with its drivers, and that the model does not use.
     n_genes
-        Genes in all: the rest goes with nothing in particular.
+        Genes in all, at most: the rest goes with nothing in particular.
     active
         Share of the cells in which a concept is active, at most.
     leak
@@ -109,8 +109,9 @@ def plant(
     detected = (X > 0).mean(0)
     usable = np.flatnonzero((detected > 0.1) & (detected < 0.6))
     size = n_drivers + n_passengers
-    if len(usable) < max(n_genes, size * len(hows)):
-        raise ValueError(f"{len(usable)} genes are expressed in 10 to 60 % of the cells; planting needs {n_genes}")
+    if len(usable) < size * len(hows):
+        needed = size * len(hows)
+        raise ValueError(f"{len(usable)} genes are expressed in 10 to 60 % of the cells; planting needs {needed}")
     similar = np.corrcoef(X[:, usable].T)
     np.fill_diagonal(similar, -np.inf)
     concepts, rows, used = [], [], []

@@ -199,7 +199,7 @@ def interactions(losses: pd.DataFrame, min_interaction: float = 0.01, max_q: flo
     Parameters
     ----------
     losses
-        From :func:`set_losses`, sets being tuples of genes; of each set, its genes on their own are there too.
+        From :func:`set_losses`, sets being tuples of genes, and of each its genes on their own.
     min_interaction
         An interaction smaller than this share of the activation is none, however sure.
     max_q
@@ -215,20 +215,57 @@ def interactions(losses: pd.DataFrame, min_interaction: float = 0.01, max_q: flo
     for concept, part in losses.groupby("concept", sort=False):
         loss = part.pivot_table(index="cell", columns=part["set"].map("|".join), values="loss", aggfunc="mean")
         for names in dict.fromkeys(names for names in part["set"] if len(names) > 1):
-            single = loss[list(names)].sum(axis=1)
+            single = loss.reindex(columns=list(names)).sum(axis=1)  # a gene that a cell lacks costs it nothing
             each = (loss["|".join(names)] - single).dropna()
             # differences of rounding are no evidence: their spread is as small as they are
             each = each.where(each.abs() > 1e-5, 0)
             error = each.std() / np.sqrt(len(each))
-            p = ttest_1samp(each, 0).pvalue if error > 0 else float(each.mean() == 0)
+            p = ttest_1samp(each, 0).pvalue if error > 0 else float(len(each) < 2 or each.mean() == 0)
             rows.append((concept, names, loss["|".join(names)].mean(), single.mean(), each.mean(), error, p))
     columns = ["concept", "set", "loss", "sum", "interaction", "error", "p_value"]
     table = pd.DataFrame(rows, columns=columns)
-    table["p_value"] = table["p_value"].fillna(1.0)  # fewer than two cells
     table["q_value"] = table.groupby("concept")["p_value"].transform(false_discovery_control)
     sure = (table["q_value"] < max_q) & (table["interaction"].abs() >= min_interaction)
     table["kind"] = np.select([sure & (table["interaction"] > 0), sure], ["redundant", "synergistic"], "")
     return table.drop(columns="p_value")
+
+
+def driver_interactions(
+    adata: AnnData,
+    model: CellEncoder,
+    sae: Dictionary,
+    cells: dict[int, np.ndarray],
+    genes: dict[int, list[str]],
+    means: dict[int, np.ndarray],
+    min_loss: float = 0.01,
+    max_q: float = 0.05,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Interactions of all pairs of each concept's ``genes``, and of the modules that it needs.
+
+    Parameters
+    ----------
+    cells, means
+        See :func:`set_losses`.
+    min_loss
+        Modules that cost a concept less than this share of its activation are left out, since their genes would have
+        to be occluded one by one; also the ``min_interaction`` of :func:`interactions`.
+
+    Returns
+    -------
+    See :func:`interactions`, with ``name``: of modules the name and the number of genes, else missing.
+    """
+    names = {tuple(members): f"{name} ({len(members)})" for name, members in module_genes(adata.var_names).items()}
+    sets = {c: pair_sets(genes.get(c, [])) | {members: list(members) for members in names} for c in cells}
+    losses = set_losses(adata, model, sae, cells, sets, means, progress=progress)
+    means_of_sets = losses.groupby(["concept", "set"])["loss"].mean()
+    keep = means_of_sets[means_of_sets.abs() >= min_loss].index
+    needed = {c: [members for members in names if (c, members) in keep] for c in cells}
+    single = {c: {(g,): [g] for members in needed[c] for g in members if (g,) not in sets[c]} for c in cells}
+    more = set_losses(adata, model, sae, cells, single, means, progress=progress)
+    left_out = losses["set"].isin(names) & ~pd.MultiIndex.from_frame(losses[["concept", "set"]]).isin(keep)
+    table = interactions(pd.concat([losses[~left_out], more]), min_loss, max_q)
+    return table.assign(name=table["set"].map(names))
 
 
 def tag_genes(found: pd.DataFrame, significant: set[tuple[int, str]]) -> pd.Series:

@@ -19,6 +19,10 @@ would average its effects away and call almost every gene significant.
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from anndata import AnnData
@@ -45,6 +49,18 @@ def cells_of_concepts(
     numbers = plan.concepts.tolist()
     others = [np.unique(np.concatenate(rows)) for rows in plan.counterfactuals]
     return dict(zip(numbers, plan.prototypes)), dict(zip(numbers, others))
+
+
+def work_folder(
+    base: Path, adata: AnnData, model: CellEncoder, sae: Dictionary, concepts, config: AttributionConfig, *settings
+) -> Path:
+    """A folder below ``base`` for the attributions with just these inputs and ``settings`` (dataclasses or text).
+
+    Other settings have another folder, so that work of a changed run is neither mixed nor in the way.
+    """
+    plan = make_plan(adata, model, sae, concepts, config, "X_scGPT", {})
+    text = json.dumps([plan.settings(), *map(repr, settings)], sort_keys=True)
+    return base / hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def mean_bins(adata: AnnData, rows: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
@@ -158,7 +174,7 @@ def gene_statistics(
     Parameters
     ----------
     attributions
-        From :func:`~scsae_utils.attribution.attribute`.
+        From :func:`~scsae_utils.attribution.attribute` or :func:`~scsae_utils.screening.attribute_all`.
     replicates
         From :func:`replicate_attributions`, of some or all of the genes.
     threshold, min_prototypes
@@ -170,7 +186,8 @@ def gene_statistics(
     Indexed by concept and gene, most positive first: ``attribution`` (mean over all prototypes), ``error``, ``sign``
     (1, -1 or 0), ``n_prototypes`` that express the gene, ``change`` (mean, in bins), ``p_value`` and ``q_value``
     (Benjamini-Hochberg within the concept; NaN for genes that are not tested), ``n_above``, ``selected`` (the paper's
-    rule), ``replicated`` (its error has both parts).
+    rule), ``method`` (``exact``, or ``screened`` if some of its occlusions are estimates), ``replicated`` (its error
+    has both parts).
     """
     table = gene_summary(attributions, threshold, min_prototypes)
     change = attributions["bin"] - attributions["counterfactual"].where(attributions["change"] == "value", 0)
@@ -181,6 +198,8 @@ def gene_statistics(
     table = table.rename(columns={"mean": "attribution"})
     table["sign"] = np.sign(table["attribution"]).astype(int)
     table["error"] = table.pop("std") / np.sqrt(np.maximum(total - 1, 1))
+    exact = (attributions["method"] == "exact").groupby([attributions["concept"], attributions["gene"]]).all()
+    table["method"] = np.where(exact.reindex(table.index), "exact", "screened")
     table["replicated"] = False
     if replicates is not None:
         exact = table["attribution"].rename("exact")
@@ -195,7 +214,7 @@ def gene_statistics(
         table.loc[part.index, "p_value"] = stands_out(part, cells[concept])
     p = table["p_value"].dropna()
     table["q_value"] = p.groupby("concept").transform(false_discovery_control)
-    columns = "attribution error sign n_prototypes change p_value q_value n_above selected replicated"
+    columns = "attribution error sign n_prototypes change p_value q_value n_above selected method replicated"
     return table[columns.split()]
 
 
@@ -233,6 +252,12 @@ def expression_of_concepts(
     return pd.concat(found, names=["concept", "gene"])
 
 
+def has_effect(statistics: pd.DataFrame, min_attribution: float = 0.01) -> pd.Series:
+    """Genes whose mean attribution is at least ``min_attribution`` in size, and beyond twice its error."""
+    size = statistics["attribution"].abs()
+    return (size >= min_attribution) & (size > 2 * statistics["error"])
+
+
 QUADRANTS = ("driver that differs", "driver that does not differ", "passenger", "neither")
 
 
@@ -246,7 +271,7 @@ def quadrants(
     statistics, expression
         From :func:`gene_statistics` and :func:`expression_of_concepts`.
     min_attribution
-        A gene has an effect if its mean attribution is at least this in size, and beyond twice its error.
+        See :func:`has_effect`.
     min_prototypes
         Genes that fewer prototypes express are left out: there is too little to occlude.
 
@@ -258,8 +283,7 @@ def quadrants(
     table = statistics[statistics["n_prototypes"] >= min_prototypes]
     table = table.join(expression[["log2fc", "padj", "regulation", "never"]], how="inner")
     table["differs"] = table.pop("regulation").isin(["up", "down"])
-    size = table["attribution"].abs()
-    table["effect"] = (size >= min_attribution) & (size > 2 * table["error"])
+    table["effect"] = has_effect(table, min_attribution)
     cases = [table["effect"] & table["differs"], table["effect"], table["differs"]]
     table["quadrant"] = np.select(cases, QUADRANTS[:3], QUADRANTS[3])
     return table
@@ -280,13 +304,13 @@ def share_with_interval(
     return counts[:, 0].sum() / counts[:, 1].sum(), float(low), float(high)
 
 
-def driver_table(statistics: pd.DataFrame, tags: pd.Series, method: str) -> pd.DataFrame:
+def driver_table(statistics: pd.DataFrame, tags: pd.Series) -> pd.DataFrame:
     """The result, one row for each concept and gene: what ``drivers.parquet`` holds.
 
     Columns: ``concept``, ``gene``, ``attribution``, ``error``, ``p_value``, ``q_value``, ``sign``, ``tag`` (empty
-    where no tag was found, missing where interactions were not tried), ``method`` (how it was occluded),
+    where none of the tags holds, missing where interactions were not tried), ``method`` (``exact`` or ``screened``),
     ``n_prototypes``, ``selected`` (the paper's rule).
     """
-    table = statistics.join(tags).assign(method=method).reset_index()
+    table = statistics.join(tags).reset_index()
     columns = "concept gene attribution error p_value q_value sign tag method n_prototypes selected"
     return table[columns.split()]

@@ -100,5 +100,5 @@ def test_precision_and_recall():
 
 
 def test_too_few_genes(mini_cells):
-    with pytest.raises(ValueError, match="genes are expressed in 10 to 60 % of the cells; planting needs 5000"):
-        plant(mini_cells, n_genes=5000)
+    with pytest.raises(ValueError, match="genes are expressed in 10 to 60 % of the cells; planting needs 1600"):
+        plant(mini_cells, hows=("sum",) * 200)

@@ -3,6 +3,15 @@
 
 from .cells import cell_tokens_bars, noise_distances, umap_studies, umap_types, umap_values
 from .dictionary import cells_per_concept, concepts_per_cell, frequency_and_activation, training_curves
+from .drivers import (
+    area_scatter,
+    attribution_errors,
+    joint_losses,
+    order_bands,
+    p_values,
+    precision_recall_bars,
+    quadrant_scatter,
+)
 from .genes import attribution_heatmap, attribution_strip, deletion, volcano, word_cloud
 from .style import GREY, HIGH_COLORS, KIND_COLORS, OTHER_COLORS, legend_below, palette, set_style, umap_axes
 from .taxonomy import (
