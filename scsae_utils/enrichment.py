@@ -77,16 +77,17 @@ def over_representation(genes, sets: dict, panel, min_genes: int = 3, random=Non
     size = member.getnnz(axis=1)
     count, pvalue, qvalue = _test(chosen[None], member, min_genes)
     table = pd.DataFrame({"set": names, "count": count[:, 0], "size": size})
-    hits = member[:, chosen]  # in the order of the list
-    names_of = [np.asarray(genes)[np.sort(part)] for part in np.split(hits.indices, hits.indptr[1:-1])]
-    table["genes"] = [",".join(found) for found in names_of]
+    among = member[:, chosen]  # columns in the order of the list
+    listed = [genes[np.sort(among.indices[i:j])] if i < j else () for i, j in zip(among.indptr, among.indptr[1:])]
+    table["genes"] = [",".join(found) for found in listed]
     table["expected"] = size * len(chosen) / len(panel)
     table["pvalue"], table["qvalue"] = pvalue[:, 0], qvalue[:, 0]
     if random is not None:
-        hits, *_ = _test(np.array([_rows(one, panel) for one in random]), member, min_genes)
+        hits = _counts(_lists(random, panel), member)
         table["p_random"] = (1 + (hits >= count).sum(axis=1)) / (1 + hits.shape[1])
         table.loc[table["pvalue"].isna(), "p_random"] = np.nan
-    return table.sort_values(["pvalue", "count", "set"], ascending=[True, False, True], ignore_index=True)
+    order = np.lexsort([names.astype(str), -table["count"], table["pvalue"]])
+    return table.iloc[order].reset_index(drop=True)
 
 
 def random_lists(genes, panel, n: int = 200, expression=None, bins: int = 10, seed: int = 0) -> np.ndarray:
@@ -135,7 +136,7 @@ def best_of_random(random, sets: dict, panel, min_genes: int = 3) -> pd.DataFram
     """
     panel = pd.Index(check_symbols(panel))
     _, member = _membership(sets, panel)
-    _, _, qvalue = _test(np.array([_rows(one, panel) for one in random]), member, min_genes)
+    _, _, qvalue = _test(_lists(random, panel), member, min_genes)
     tested = ~np.isnan(qvalue).all(axis=1)
     best = qvalue[tested].min(axis=0) if tested.any() else np.ones(len(random))
     return pd.DataFrame({"n_found": (qvalue < 0.05).sum(axis=0), "best": best})
@@ -148,6 +149,22 @@ def _rows(genes, panel: pd.Index) -> np.ndarray:
         outside = genes[rows < 0]
         raise ValueError(f"{len(outside)} genes are not in the panel, the background of the test: {some(outside)}")
     return rows
+
+
+def _lists(random, panel: pd.Index) -> np.ndarray:
+    """Random lists (m, k) of symbols as rows of the panel."""
+    random = np.asarray(random, dtype=object)
+    rows = panel.get_indexer(random.ravel()).reshape(random.shape)
+    if (rows < 0).any():
+        raise ValueError(f"the random lists have genes outside of the panel: {some(random[rows < 0])}")
+    return rows
+
+
+def _counts(lists: np.ndarray, member: sparse.csr_matrix) -> np.ndarray:
+    """Number of genes (sets, lists) that each list (m, k) has in each set."""
+    drawn = np.zeros((member.shape[1], len(lists)), np.float32)
+    drawn[lists.T, np.arange(len(lists))] = 1
+    return (member.astype(np.float32) @ drawn).astype(int)
 
 
 def _membership(sets: dict, panel: pd.Index) -> tuple[np.ndarray, sparse.csr_matrix]:
@@ -166,9 +183,7 @@ def _membership(sets: dict, panel: pd.Index) -> tuple[np.ndarray, sparse.csr_mat
 
 def _test(lists: np.ndarray, member: sparse.csr_matrix, min_genes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Counts, p- and q-values (sets, lists) of lists (m, k) of columns of ``member``."""
-    drawn = np.zeros((member.shape[1], len(lists)), int)
-    drawn[lists.T, np.arange(len(lists))] = 1
-    count = member @ drawn
+    count = _counts(lists, member)
     size = member.getnnz(axis=1)
     tested = size >= min_genes
     pvalue, qvalue = np.full(count.shape, np.nan), np.full(count.shape, np.nan)

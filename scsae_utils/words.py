@@ -41,6 +41,8 @@ PIECE = re.compile(r"[^\W_]+")
 ROMAN = re.compile(r"I{1,3}|IV|VI{0,3}|IX|XI{0,3}")  # says something at the end of a pair: class II, factor V
 TOO_SHORT = re.compile(r"\d+[a-zA-Z]?|[^\W\d_]")  # a number, a number with one letter (2b), a single letter
 OTHER_GENE = re.compile(r".*-(AS|IT|OT|DT)\d*")  # RNA genes named after their neighbour, which lists them as aliases
+# Names that screens gave by the number: "epididymis secretory protein Li 299", "renal carcinoma antigen NY-REN-42".
+SERIAL = re.compile(r"epididymis|(growth-inhibiting|proliferation-inducing) (gene|protein)|\bNY-[A-Z]+-\d")
 STEMMER = snowballstemmer.stemmer("english")
 
 
@@ -104,7 +106,8 @@ def describe(symbols) -> pd.DataFrame:
     Returns
     -------
     (n genes, indexed by the symbols given) ``current`` (symbol in the gene table, empty if unknown), ``name``,
-    ``designations`` (other names, separated by ``|``), ``text`` (both; empty if unknown), ``known`` (bool). How many
+    ``designations`` (other names, separated by ``|``), ``text`` (both, without names such as "growth-inhibiting protein
+    20" that screens gave by the number and that say nothing about a gene; empty if unknown), ``known`` (bool). How many
     are unknown is logged.
 
     Raises
@@ -115,7 +118,8 @@ def describe(symbols) -> pd.DataFrame:
     symbols = check_symbols(symbols)
     current = current_symbols(symbols)
     table = _table()[["name", "designations"]].reindex(current).fillna("")
-    table["text"] = (table["name"] + "|" + table["designations"]).str.strip("|")
+    told = table["designations"].map(lambda names: "|".join(n for n in names.split("|") if not SERIAL.search(n)))
+    table["text"] = (table["name"] + "|" + told).str.strip("|")
     table["known"] = table["name"].ne("").to_numpy()
     table.insert(0, "current", np.where(table["known"], current, ""))
     table.index = pd.Index(symbols, name="symbol")
