@@ -8,6 +8,7 @@ the architectures of this module, :mod:`scsae_utils.dictionaries` has the refere
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -163,13 +164,11 @@ class Dictionary(nn.Module):
         """Reconstruction (n, d) of sparse activations (n, c), as from :meth:`activations`."""
         return U @ self.W_d.detach().numpy() + self.b_d.detach().numpy()
 
-    def activations(self, embeddings: np.ndarray, batch_size: int = 8192) -> sparse.csr_matrix:
-        """Sparse (n, c) activations of an array of cell embeddings (n, d)."""
+    def activations(self, embeddings, batch_size: int = 8192) -> sparse.csr_matrix:
+        """Sparse (n, c) activations of cell embeddings (n, d): an array, ``np.memmap`` or h5py data set."""
         with torch.inference_mode():
             parts = [
-                sparse.csr_matrix(
-                    self.encode(torch.from_numpy(np.asarray(embeddings[i : i + batch_size], np.float32))).numpy()
-                )
+                sparse.csr_matrix(self.encode(torch.from_numpy(read_rows(embeddings, i, i + batch_size))).numpy())
                 for i in range(0, len(embeddings), batch_size)
             ]
         return sparse.vstack(parts, format="csr")
@@ -308,6 +307,14 @@ ARCHITECTURES = {"paper": SAE, "topk": TopK, "batchtopk": BatchTopK, "matryoshka
 def make_sae(config: SAEConfig, dim: int) -> SAE:
     """An untrained dictionary of the architecture ``config.sae`` for embeddings of width ``dim``."""
     return ARCHITECTURES[config.sae](config, dim)
+
+
+def read_rows(data, start: int, stop: int) -> np.ndarray:
+    """A copy in single precision of some rows of a matrix in memory or on disk (``np.memmap``, h5py data set)."""
+    block = np.array(data[start:stop], np.float32)
+    if isinstance(data, np.memmap) and data.mode == "r":
+        data._mmap.madvise(mmap.MADV_DONTNEED)  # else the pages that were read stay in this process's memory
+    return block
 
 
 def keep_largest(u: Tensor, n: int, per_row: bool = False) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .sae import SAE, BatchTopK, SAEConfig, make_sae, read_metadata, write_tensors
+from .sae import SAE, BatchTopK, SAEConfig, make_sae, read_metadata, read_rows, write_tensors
 from .sparse_training import Step, can_be_sparse, sparse_step
 
 STRETCH = 1024  # consecutive cells that are read at once
@@ -63,13 +62,10 @@ class Rows:
     def read(self, start: int, stop: int) -> np.ndarray:
         """A copy (stop - start, d) in single precision."""
         if self.rows is None:
-            block = np.array(self.data[start:stop], np.float32)
-        else:  # consecutive rows, of which some are taken: a data set on disk has no quick access to single rows
-            rows = self.rows[start:stop]
-            block = np.asarray(self.data[rows[0] : rows[-1] + 1])[rows - rows[0]].astype(np.float32)
-        if isinstance(self.data, np.memmap) and self.data.mode == "r":
-            self.data._mmap.madvise(mmap.MADV_DONTNEED)  # else the pages that were read stay in this process's memory
-        return block
+            return read_rows(self.data, start, stop)
+        # consecutive rows, of which some are taken: a data set on disk has no quick access to single rows
+        rows = self.rows[start:stop]
+        return read_rows(self.data, rows[0], rows[-1] + 1)[rows - rows[0]]
 
     def survey(self) -> tuple[float, str]:
         """Sum over cells of ||a - mean(a)||^2, and a digest of the values, in one pass.
