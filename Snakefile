@@ -156,6 +156,8 @@ rule drivers:
     output:
         f"{RUN}/notebooks/05b_drivers.ipynb",
         f"{RUN}/drivers.parquet",
+        f"{RUN}/attributions.parquet",
+        f"{RUN}/curve_areas.parquet",
     params:
         P["drivers"],
     threads: workflow.cores
