@@ -282,5 +282,5 @@ def tag_genes(found: pd.DataFrame, significant: set[tuple[int, str]]) -> pd.Seri
     long = found.explode("set").rename(columns={"set": "gene"})
     long["size"] = long["interaction"].abs().where(long["kind"] != "", -1.0)
     first = long.sort_values("size", ascending=False, kind="stable").groupby(["concept", "gene"])["kind"].first()
-    alone = [key in significant for key in first.index]
+    alone = np.array([key in significant for key in first.index], bool)
     return first.mask((first == "") & alone, "necessary").rename("tag")
