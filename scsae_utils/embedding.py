@@ -200,7 +200,8 @@ def at_precision(model: CellEncoder, precision: str = "float32", device: str | N
         raise ValueError(f"there is no device {device!r} here; there are: {', '.join(d for d in there if there[d])}")
     if precision == "auto":
         if target.type == "cpu":
-            precision = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+            able = torch.cpu.get_capabilities()
+            precision = "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
         else:
             precision = "float16"
     if precision not in PRECISIONS:
