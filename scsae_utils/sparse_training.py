@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .sae import SAE
 
-DENSEST = 0.05  # share of active pairs above which dense products are quicker
-SMALLEST = 2**20  # entries of W_e below which they are, too
+DENSEST = 0.2  # share of candidates above which dense products are quicker
+SMALLEST = 2**16  # entries of W_e below which they are, too
 BLOCK = 64  # concepts; each block has its own partial sum, so that no result depends on the number of threads
 
 # Sums may be reordered to use vectors; NaN and infinity keep their meaning, so that diverging training shows.
@@ -75,7 +75,7 @@ def sparse_step(
 
     Returns
     -------
-    None, and nothing was done, if more than the share ``DENSEST`` of all pairs may be active.
+    None, and nothing was done, if more than the share ``DENSEST`` of all pairs are candidates.
     """
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     n, d = a.shape
@@ -169,14 +169,17 @@ def activate(rough, floor, start, x, W_e, b_e):
     cells, u = np.empty(start[-1], np.int32), np.empty(start[-1], np.float32)
     n_active = np.zeros(len(rough), np.int64)
     for j in prange(len(rough)):
-        low, at = ordered(floor[j], floor.itemsize), start[j]
-        if start[j + 1] > at:
+        low, end, at, w = ordered(floor[j], floor.itemsize), start[j], start[j], W_e[j]
+        if start[j + 1] > end:
             for i in range(rough.shape[1]):
                 if ordered(rough[j, i], rough.itemsize) >= low:
-                    value = dot(x[i], W_e[j]) + b_e[j]
-                    if not value <= 0:  # NaN counts
-                        cells[at], u[at] = i, value
-                        at += 1
+                    cells[end] = i
+                    end += 1
+            for p in range(start[j], end):
+                value = dot(x[cells[p]], w) + b_e[j]
+                if not value <= 0:  # NaN counts
+                    cells[at], u[at] = cells[p], value
+                    at += 1
             n_active[j] = at - start[j]
     return cells, u, n_active
 
