@@ -76,7 +76,7 @@ def precision_recall_bars(table: pd.DataFrame) -> Figure:
             text = "nothing found" if np.isnan(value) else f"{value:.2f}"
             ax.text((0 if np.isnan(value) else value) + 0.01, at, text, va="center", fontsize=8)
     ax.set_yticks(y, table.index)
-    ax.set(xlabel="share of what was found that is a driver; of the drivers that were found", xlim=(0, 1.12))
+    ax.set(xlabel="share (precision: of what was found; recall: of the drivers)", xlim=(0, 1.12))
     ax.xaxis.label.set_fontsize(9)
     ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2, fontsize=9)
     return fig
@@ -157,7 +157,7 @@ def quadrant_scatter(table: pd.DataFrame, min_log2fc: float, min_attribution: fl
     fig, ax = plt.subplots(figsize=(5.2, 4.6))
     edge = float(np.ceil(table.loc[~table["never"], "log2fc"].abs().max())) + 1
     x = table["log2fc"].abs().where(~table["never"], edge)
-    y = table["attribution"].abs().clip(lower=1e-5)
+    y = table["attribution"].abs().clip(lower=1e-4)
     for name in list(QUADRANT_COLORS)[::-1]:
         part = table["quadrant"] == name
         ax.scatter(
