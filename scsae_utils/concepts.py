@@ -12,16 +12,18 @@ from scipy import sparse
 from sklearn.preprocessing import normalize
 from statsmodels.stats.proportion import proportion_confint
 
+from . import metrics
 from .cells import LEVELS, UNASSIGNED, near_misses
 
 if TYPE_CHECKING:  # so that figures of cells do not depend on the SAE's code
-    from .sae import SAE
+    from .sae import Dictionary
 
 KINDS = ("whole-cell-type", "sub-cell-type", "cross-cell-type")
+READINGS = ("lineage", "program", "tissue or study", "technical", "unresolved")  # of cross-cell-type ones; evidence.py
 SCORES = tuple(f"{name}{end}" for name in ("specificity", "sensitivity") for end in ("", "_low", "_high"))
 
 
-def concept_data(adata: AnnData, sae: SAE, min_frequency: float = 1e-4, key: str = "X_scGPT") -> AnnData:
+def concept_data(adata: AnnData, sae: Dictionary, min_frequency: float = 1e-4, key: str = "X_scGPT") -> AnnData:
     """Activations of every concept in every cell.
 
     Parameters
@@ -41,19 +43,18 @@ def concept_data(adata: AnnData, sae: SAE, min_frequency: float = 1e-4, key: str
     """
     U = sae.activations(adata.obsm[key])
     n_cells = U.getnnz(axis=0)
-    frequency = n_cells / U.shape[0]
     var = pd.DataFrame(
         {
             "n_cells": n_cells,
-            "frequency": frequency,
+            "frequency": metrics.activation_frequency(U),
             "max_activation": U.max(axis=0).toarray().ravel(),
             "mean_activation": U.sum(axis=0).A1 / np.maximum(n_cells, 1),
-            "kept": (n_cells > 0) & (frequency >= min_frequency),
+            "kept": metrics.surviving(U, min_frequency),
         },
         index=[f"concept_{j}" for j in range(U.shape[1])],
     )
     out = AnnData(U, obs=adata.obs.copy(), var=var, obsm={k: np.asarray(v) for k, v in adata.obsm.items()})
-    out.varm["vectors"] = sae.W_d.detach().numpy().copy()
+    out.varm["vectors"] = sae.vectors
     out.uns["min_frequency"] = min_frequency
     return out
 
@@ -68,37 +69,47 @@ def number(name: str) -> int:
     return int(str(name).removeprefix("concept_"))
 
 
-def variance_explained(a: np.ndarray, reconstruction: np.ndarray) -> float:
-    """``1 - sum ||a - a'||^2 / sum ||a - mean(a)||^2`` over cells; both (n, d)."""
-    return float(1 - ((a - reconstruction) ** 2).sum() / ((a - a.mean(0)) ** 2).sum())
-
-
-def sae_metrics(concepts: AnnData, sae: SAE, key: str = "X_scGPT") -> pd.DataFrame:
+def sae_metrics(
+    concepts: AnnData, sae: Dictionary, key: str = "X_scGPT", k: int = 15, max_cells: int = 5000
+) -> pd.DataFrame:
     """The paper's Table 2, and what it leaves out.
 
-    Columns: training, validation (each with all concepts, on the cells of that split) and post-processed (all cells,
-    kept concepts only). Rows: variance explained; active concepts (||U_i||_0 > 0); concepts per sample (mean
-    ||U_j||_0, the count: the paper's formula says ``1 - ||U_j||_0 / c``); concept activation frequency (mean of
-    ||U_i||_0 / n over the active concepts); share of the dictionary that is active; cells.
+    Columns: training, validation (each with all concepts, on the cells of that split), and validation with the concepts
+    that post-processing keeps. Formulas are those of :mod:`scsae_utils.metrics`. "Concepts per sample" is the count:
+    the paper's formula says ``1 - ||U_j||_0 / c``. The activation frequency is the mean over active concepts. Of
+    neighbours (``k``) and types, at most ``max_cells`` cells of the part are asked; "Cell type by neighbours" is the
+    accuracy in the reconstruction, beside that in the embedding itself.
     """
-    split = concepts.obs["split"].to_numpy()
+    held_out = (concepts.obs["split"] == "validation").to_numpy()
+    every = np.ones(concepts.n_vars, bool)
     parts = {
-        "Training": (split == "train", np.ones(concepts.n_vars, bool)),
-        "Validation": (split == "validation", np.ones(concepts.n_vars, bool)),
-        "Post-processed": (np.ones(concepts.n_obs, bool), concepts.var["kept"].to_numpy()),
+        "Training": (~held_out, every),
+        "Validation": (held_out, every),
+        "Validation, post-processed": (held_out, concepts.var["kept"].to_numpy()),
     }
-    W_d, b_d = sae.W_d.detach().numpy(), sae.b_d.detach().numpy()
     table = {}
     for name, (rows, columns) in parts.items():
-        U = concepts.X[rows][:, columns]
-        cells = U.getnnz(axis=0)
+        U = concepts.X[rows] @ sparse.diags(columns.astype(np.float32), format="csr")
+        U.eliminate_zeros()
+        a, b = concepts.obsm[key][rows], sae.decode_sparse(U)
+        frequency = metrics.activation_frequency(U)
+        some = np.random.default_rng(0).permutation(len(a))[:max_cells]
+        types = concepts.obs[LEVELS["low"]][rows].astype(str).to_numpy()[some]
+        near = min(k, len(some) - 1)
         table[name] = {
-            "Variance explained": variance_explained(concepts.obsm[key][rows], U @ W_d[columns] + b_d),
-            "Active concepts": int((cells > 0).sum()),
-            "Concepts per sample": U.nnz / U.shape[0],
-            "Concept activation frequency": cells[cells > 0].mean() / U.shape[0] if cells.any() else 0.0,
-            "Share of the dictionary active": (cells > 0).sum() / concepts.n_vars,
-            "Cells": U.shape[0],
+            "Variance explained": metrics.variance_explained(a, b),
+            "Concepts": int(columns.sum()),
+            "Active concepts": int((frequency > 0).sum()),
+            "Dead concepts": int((frequency[columns] == 0).sum()),
+            "Concepts per sample": metrics.l0(U),
+            "Concept activation frequency": frequency[frequency > 0].mean() if U.nnz else 0.0,
+            "Density": U.nnz / (U.shape[0] * max(columns.sum(), 1)),
+            "Cosine": metrics.mean_cosine(a, b),
+            "Reconstruction bias": metrics.reconstruction_bias(a, b),
+            "Neighbours kept": metrics.neighbours_kept(a[some], b[some], near),
+            "Cell type by neighbours": metrics.knn_accuracy(b[some], types, near),
+            "The same, of the embedding": metrics.knn_accuracy(a[some], types, near),
+            "Cells": len(a),
         }
     return pd.DataFrame(table)
 

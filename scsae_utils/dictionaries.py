@@ -61,7 +61,7 @@ class NMFDictionary(Dictionary):
         shifted = (a - self.b_d).clamp_min(0).cpu().numpy()
         parts = self.vectors
         u, *_ = non_negative_factorization(
-            shifted, H=parts, n_components=len(parts), update_H=False, init="custom", max_iter=500, tol=1e-4
+            shifted, H=parts, n_components=len(parts), update_H=False, init="custom", max_iter=1000, tol=1e-3
         )
         return torch.from_numpy(u.astype(np.float32))
 
@@ -73,7 +73,7 @@ def fit_baseline(a: np.ndarray, config: BaselineConfig) -> Dictionary:
     if config.method == "nmf":
         n = min(config.n_concepts, dim, len(a))
         low = a.min(0)
-        parts = NMF(n, init="nndsvda", max_iter=500, tol=1e-4, random_state=config.seed).fit(a - low).components_
+        parts = NMF(n, init="nndsvda", max_iter=1000, tol=1e-3, random_state=config.seed).fit(a - low).components_
         dictionary = NMFDictionary(replace(config, n_concepts=n), dim)
         fill(dictionary, W_d=normalize(parts), b_d=low)
     else:

@@ -70,6 +70,18 @@ def neighbours_kept(a: np.ndarray, reconstruction: np.ndarray, k: int = 15) -> f
     return float(np.mean([len(set(one) & set(other)) / k for one, other in both]))
 
 
+def knn_accuracy(X: np.ndarray, labels, k: int = 15) -> float:
+    """Share of cells whose type is the most frequent one among their ``k`` nearest other cells (Euclidean).
+
+    ``X`` (n, d); of equally frequent types the one first in the alphabet counts. Of an embedding and of its
+    reconstruction, it says whether a cell's type is still to be seen.
+    """
+    codes, names = pd.factorize(np.asarray(labels, str), sort=True)
+    votes = np.zeros((len(X), len(names)))
+    np.add.at(votes, (np.arange(len(X))[:, None], codes[neighbours(X, k)]), 1)
+    return float((votes.argmax(1) == codes).mean())
+
+
 def type_f1(U: sparse.csr_matrix, labels) -> pd.DataFrame:
     """F1 of each concept for each cell type: ``2 |active & type| / (|active| + |type|)``; (c, types).
 

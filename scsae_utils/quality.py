@@ -12,20 +12,8 @@ from sklearn.preprocessing import StandardScaler
 from .cells import LEVELS, UNASSIGNED
 from .embedding import at_precision, bin_cells, cell_tokens, embed_tokens, token_ids
 from .encoder import CellEncoder
+from .metrics import knn_accuracy
 from .scgpt import ScGPT
-
-
-def knn_accuracy(X: np.ndarray, labels, k: int = 15) -> float:
-    """Share of cells whose type is the most frequent one among their ``k`` nearest other cells (Euclidean).
-
-    ``X`` (n, d); of equally frequent types the one first in the alphabet counts.
-    """
-    codes, names = pd.factorize(np.asarray(labels, str), sort=True)
-    near = NearestNeighbors(n_neighbors=k + 1).fit(X).kneighbors(X, return_distance=False)
-    near = np.array([row[row != i][:k] for i, row in enumerate(near)])  # a cell is not its own neighbour
-    votes = np.zeros((len(X), len(names)))
-    np.add.at(votes, (np.arange(len(X))[:, None], codes[near]), 1)
-    return float((votes.argmax(1) == codes).mean())
 
 
 def knn_transfer(X: np.ndarray, labels, X_new: np.ndarray, labels_new, k: int = 15) -> float:

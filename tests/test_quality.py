@@ -8,7 +8,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from scsae_utils.concepts import add_taxonomy, concept_data
-from scsae_utils.controls import compare_penalties, taxonomy_nulls, types_found
+from scsae_utils.controls import taxonomy_nulls, types_found
 from scsae_utils.quality import (
     compare_embeddings,
     embedding_noise,
@@ -89,15 +89,6 @@ def test_types_are_found_by_concepts_chosen_on_training_cells():
     concepts = AnnData(sparse.csr_matrix(U), obs=obs.astype("category"), var=var)
     assert types_found(concepts) == {"b": 1.0}
     assert types_found(concepts, min_cells=11) == {}
-
-
-def test_penalties_stand_beside_the_dictionary_and_components(embedded):
-    table = compare_penalties(embedded, SMALL, 0.01, [1e-4, 1e-2])
-    assert table["sae"].tolist() == ["topk", "paper", "paper", *["principal components"] * (len(table) - 3)]
-    paper = table[table["sae"] == "paper"]
-    assert paper["concepts per cell"].is_monotonic_decreasing  # a larger penalty leaves fewer concepts
-    components = table[table["sae"] == "principal components"]["variance explained (held out)"]
-    assert components.is_monotonic_increasing
 
 
 def test_nulls_go_through_the_same_steps(embedded, tiny_model):

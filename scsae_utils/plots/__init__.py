@@ -2,7 +2,7 @@
 # ruff: noqa: F401
 
 from .cells import cell_tokens_bars, noise_distances, umap_studies, umap_types, umap_values
-from .dictionary import cells_per_concept, concepts_per_cell, frequency_and_activation, training_curves
+from .dictionary import cells_per_concept, concepts_per_cell, frequency_and_activation, sweep, training_curves
 from .drivers import (
     area_scatter,
     attribution_errors,

@@ -12,17 +12,56 @@ from .style import GREY
 
 
 def training_curves(history: pd.DataFrame) -> Figure:
-    """Loss, variance explained and, where it changes, concepts per cell over the epochs (training cells)."""
+    """Loss, variance explained and, where it changes, concepts per cell over the epochs.
+
+    Of training cells in the course of an epoch; variance explained also of held-out cells after it, if there.
+    """
     columns = ["loss", "variance_explained", "concepts_per_cell"]
     columns = [c for c in columns if len(history) < 2 or history[c].nunique() > 1]
     fig, axes = plt.subplots(1, len(columns), figsize=(3.7 * len(columns), 3), layout="constrained", squeeze=False)
     for ax, column in zip(axes[0], columns):
-        ax.plot(history["epoch"], history[column], color="#0072B2")
+        ax.plot(history["epoch"], history[column], color="#0072B2", label="training cells")
         ax.set(xlabel="epoch", ylabel=column.replace("_", " "))
         if column == "loss":
             ax.set_yscale("log")
         elif column == "variance_explained":
             ax.set_ylim(min(0, history[column].quantile(0.05)), 1.02)
+            if "held_out_variance_explained" in history:
+                ax.plot(history["epoch"], history[f"held_out_{column}"], color="#E69F00", label="held-out cells")
+                ax.legend(frameon=False, loc="lower right")
+    return fig
+
+
+def sweep(table: pd.DataFrame, n_concepts: int, k: int) -> Figure:
+    """Scores of dictionaries of several sizes over the concepts of a held-out cell; a ring around the point in use.
+
+    ``table`` is from :func:`scsae_utils.controls.sweep`.
+    """
+    scores = ["variance explained", "stability", "types found", "surviving"]
+    labels = ["variance explained", "stability (cosine of two seeds)", "cell types found", "share that survives"]
+    fig, axes = plt.subplots(2, 2, figsize=(7.2, 6), layout="constrained", sharex=True)
+    sizes = sorted(table["n_concepts"].unique())
+    colors = sns.color_palette("viridis", len(sizes) + 1)[: len(sizes)]
+    chosen = table[(table["n_concepts"] == n_concepts) & (table["k"] == k)]
+    for ax, score, label in zip(axes.flat, scores, labels):
+        for size, color in zip(sizes, colors):
+            part = table[table["n_concepts"] == size].sort_values("k")
+            ax.plot(part["concepts per cell"], part[score], "o-", color=color, label=f"{size}")
+        ax.plot(
+            chosen["concepts per cell"], chosen[score], "o", ms=13, mfc="none", mec="#D55E00", mew=2, label="in use"
+        )
+        ax.set(xscale="log", ylabel=label)
+    for ax in axes[1]:
+        ax.set_xlabel("concepts of a cell")
+        ax.set_xticks(sorted(table["k"].unique()), sorted(table["k"].unique()))
+        ax.minorticks_off()
+    fig.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(sizes) + 1,
+        frameon=False,
+        title="concepts of the dictionary",
+    )
     return fig
 
 
