@@ -30,7 +30,7 @@ def files(*names):
 rule book:
     """Render the executed notebooks and the pages around them."""
     input:
-        expand(f"{RUN}/notebooks/{{name}}.ipynb", name=["00_ten_cells", "01_embedding", "02_sae", "03_concept_taxonomy", "04_case_study", "05_myeloid_concepts", "05b_drivers"]),
+        expand(f"{RUN}/notebooks/{{name}}.ipynb", name=["00_ten_cells", "01_embedding", "02_sae", "03_concept_taxonomy", "04_case_study", "05_myeloid_concepts", "05b_drivers", "06_evidence"]),
         PAGES,
         [str(p) for p in sorted(Path("book").rglob("*")) if p.is_file()],
         "_config.yml",
@@ -163,3 +163,22 @@ rule drivers:
     threads: workflow.cores
     shell:
         EXECUTE + " 05b_drivers"
+
+
+rule evidence:
+    """For and against every concept, and the nulls of the book's figures."""
+    input:
+        needs("06_evidence"),
+        f"{RUN}/concepts.h5ad",
+        f"{RUN}/drivers.parquet",
+        f"{RUN}/attributions.parquet",
+        f"{RUN}/curve_areas.parquet",
+        files(P["evidence"]["gene_sets"]),
+    output:
+        f"{RUN}/notebooks/06_evidence.ipynb",
+        f"{RUN}/evidence.parquet",
+    params:
+        P["evidence"],
+    threads: workflow.cores
+    shell:
+        EXECUTE + " 06_evidence"

@@ -27,6 +27,7 @@ SECTIONS = {  # notebook: section of the profile
     "04_case_study": "case_study",
     "05_myeloid_concepts": "myeloid_concepts",
     "05b_drivers": "drivers",
+    "06_evidence": "evidence",
 }
 
 

@@ -23,7 +23,7 @@ from anndata import AnnData
 from scipy.stats import false_discovery_control
 
 from .cells import LEVELS, UNASSIGNED
-from .concepts import KINDS, active_counts, kept, number, score_types, taxonomy, type_shares, wilson
+from .concepts import KINDS, READINGS, active_counts, kept, number, score_types, taxonomy, type_shares, wilson
 from .enrichment import best_of_random, over_representation, random_lists
 from .metrics import correlations, matching, type_f1
 from .names import driver_genes
@@ -32,7 +32,6 @@ from .technical import GROUPS
 LINES = ("stable", "generalises", "not_technical", "better", "driven", "meaningful")
 COLUMNS = ("value", "low", "high", "q_value", "null", "verdict", "note")
 GRADES = {"A": 6, "B": 5, "C": 3, "D": 0}  # lines that must be passed
-READINGS = ("lineage", "program", "tissue or study", "technical", "unresolved")  # of cross-cell-type concepts
 
 
 @dataclass(frozen=True)
@@ -370,7 +369,7 @@ def meaningful(concepts: AnnData, enriched: pd.DataFrame, config: EvidenceConfig
 def read_cross_types(
     concepts: AnnData, lines: dict[str, pd.DataFrame], found: pd.DataFrame, config: EvidenceConfig | None = None
 ) -> pd.Series:
-    """What the cross-cell-type concepts are, one of :data:`READINGS`; empty for the others. Ours.
+    """What the cross-cell-type concepts are, one of :data:`~scsae_utils.concepts.READINGS`; empty for the others. Ours.
 
     The first that holds: ``technical`` (associated with depth, mitochondrial share, doublets or cell cycle within
     types), ``tissue or study`` (associated with one of :data:`~scsae_utils.technical.GROUPS` within types),
@@ -392,7 +391,7 @@ def read_cross_types(
         "lineage": lineage >= config.min_lineage,
         "program": (lines["meaningful"]["verdict"] == "passed").to_numpy(),
     }
-    return pd.Series(np.select(list(cases.values()), list(cases), "unresolved"), real.var_names, name="reading")
+    return pd.Series(np.select(list(cases.values()), list(cases), READINGS[-1]), real.var_names, name="reading")
 
 
 def grade(verdicts: pd.DataFrame) -> pd.DataFrame:

@@ -1,10 +1,11 @@
-"""Where a run's files lie, and h5ad files written whole or not at all."""
+"""Where a run's files lie; h5ad and parquet files written whole or not at all."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import anndata as ad
+import pandas as pd
 from anndata import AnnData
 
 
@@ -35,3 +36,18 @@ def read(path: Path, made_by: str) -> AnnData:
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: run chapter {made_by} first, or `make book`")
     return ad.read_h5ad(path)
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a parquet file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    table.to_parquet(part)
+    part.replace(path)
+
+
+def read_table(path: Path, made_by: str) -> pd.DataFrame:
+    """Read one of a run's parquet files; raises as :func:`read`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: run chapter {made_by} first, or `make book`")
+    return pd.read_parquet(path)

@@ -13,6 +13,7 @@ from .drivers import (
     quadrant_scatter,
 )
 from .genes import attribution_heatmap, attribution_strip, deletion, volcano, word_cloud
+from .grades import association_strip, grades_by_kind, lines_by_kind, real_and_null
 from .style import GREY, HIGH_COLORS, KIND_COLORS, OTHER_COLORS, legend_below, palette, set_style, umap_axes
 from .taxonomy import (
     activation_by_type,
