@@ -124,7 +124,7 @@ def attribute_all(
     screening = screening or ScreeningConfig()
     shards = Shards(folder, {"method": "screened", **asdict(screening), **plan.settings()})
     total = sum(len(plan.tokens(row)[2]) * len(uses) for row, uses in plan.cells.items())
-    near = min(1.0, max(screening.calibration, 1000 / total))
+    near = min(1.0, max(screening.calibration, 200 / total))
 
     with tqdm(total=len(plan.cells), desc="screening cells", unit="cell", disable=not progress) as bar:
         for i, rows in enumerate(plan.shards()):

@@ -75,8 +75,8 @@ class Trajectories:
 
         Returns
         -------
-        For each layer G (heads, n, d / heads); G's product with every value, (heads, n, N); with the own output,
-        (heads, n, 1).
+        For each layer G (heads, n, d / heads); its product with the own output, (heads, n, 1); the derivative with
+        respect to the scores, (heads, n, N).
         """
         out = []
         (g,) = torch.autograd.grad(self.embedding, self.states[-1].after, direction, retain_graph=True)
@@ -84,11 +84,11 @@ class Trajectories:
             n_heads, n = state.layer.self_attn.heads, len(state.after)
             from_x, G = torch.autograd.grad(state.after, (state.x, state.a), g, retain_graph=True)
             G = heads(G, n_heads)
-            gv, ga = G @ state.v.transpose(1, 2), (G * heads(state.a, n_heads)).sum(-1, keepdim=True)
-            out.append((G, gv, ga))
+            ga = (G * heads(state.a, n_heads)).sum(-1, keepdim=True)
+            scores = (G @ state.v.transpose(1, 2)).sub_(ga).mul_(state.p)
+            out.append((G, ga, scores))
             if state is self.states[0]:
                 return out[::-1]
-            scores = state.p * (gv - ga)
             dq = scores @ state.k * state.k.shape[-1] ** -0.5
             dk, dv = scores.transpose(1, 2) @ state.q, state.p.transpose(1, 2) @ G
             dq, dk, dv = (y.transpose(0, 1).flatten(1) for y in (dq, dk, dv))
@@ -117,15 +117,18 @@ class Trajectories:
         """
         total = new.new_zeros(len(new))
         each = torch.arange(len(new), device=new.device)
-        for state, (G, gv, ga) in zip(self.states, gradients):
+        at = positions
+        if positions is not None and torch.equal(positions, each + 1):
+            at = slice(1, len(new) + 1)  # every gene in its order: nothing need be gathered
+        for state, (G, ga, from_scores) in zip(self.states, gradients):
             x = state.layer.norm1(new) if state.layer.pre_norm else new
             q, k, v = attention_inputs(state.layer, x)  # (heads, B, d / heads)
-            r = (state.q @ k.transpose(1, 2)).sub_(state.log_sum).exp_().masked_fill_(remove, 0)
-            t, rest = (G @ v.transpose(1, 2)).sub_(ga).mul_(r), r.add_(1)
+            r = (state.q @ k.transpose(1, 2)).sub_(state.log_sum).exp_()
+            r[:, :, remove] = 0
+            t, rest = (G @ v.transpose(1, 2)).sub_(ga).mul_(r), r.add_(1 + 1e-6)
             if positions is not None:
-                p = state.p[:, :, positions]
-                rest.sub_(p).clamp_min_(1e-6)
-                t.sub_((gv[:, :, positions] - ga).mul_(p))
+                rest.sub_(state.p[:, :, at])
+                t.sub_(from_scores[:, :, at])
             t.div_(rest)
             last = state is self.states[-1]
             if positions is not None and not last:
@@ -141,5 +144,5 @@ class Trajectories:
             else:
                 scores[:, each, positions] = own
                 p = scores.softmax(-1)
-                y = p @ state.v + p[:, each, positions, None] * (v - state.v[:, positions])
+                y = p @ state.v + p[:, each, positions, None] * (v - state.v[:, at])
             new = after_attention(state.layer, x, y.transpose(0, 1).flatten(1))
