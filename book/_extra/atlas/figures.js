@@ -24,7 +24,7 @@ scsaeAtlas.figures = (() => {
       ready().then(() => { paint(); new ResizeObserver(paint).observe(place); });
     }
     const numbers = rows && [table(columns, rows, title), el("button", { type: "button", onclick: () => download(file, columns, raw ?? rows) }, "Download CSV")];
-    return el("section", { class: wide ? "atlas-part atlas-wide" : "atlas-part" }, el("h3", {}, title), note && el("p", { class: "atlas-note" }, note), place ?? null,
+    return el("section", { class: wide ? "atlas-part atlas-wide" : "atlas-part" }, el("h3", {}, title), note && el("p", { class: "atlas-note" }, ...[note].flat()), place ?? null,
       numbers && (place ? el("details", {}, el("summary", {}, "Table"), numbers) : numbers));
   }
 
@@ -74,7 +74,7 @@ scsaeAtlas.figures = (() => {
     });
   };
 
-  const CURVES = { attribution: ["#D55E00", "by attribution"], expression: ["#0072B2", "by differential expression"], random: ["#777777", "at random"] };
+  const CURVES = { attribution: ["#D55E00", "by attribution"], "differential expression": ["#0072B2", "by differential expression"], random: ["#777777", "at random"] };
 
   // Deletion curves: [{ order, n, left, low, high }].
   const curves = (orders) => (width) => {

@@ -203,7 +203,7 @@ scsaeAtlas.list = (() => {
   function save() {
     const kinds = (i) => index.kinds[c.kind[i]]?.[0] ?? "";
     scsaeAtlas.download("concepts", ["concept", "name", "kind", "grade", "main_type", "active_cells", "frequency", "specificity", "sensitivity", "f1", "f1_held_out", "study_share", "genes_with_effect", "strongest_genes"],
-      found.map((i) => [c.number[i], scsaeAtlas.title(i), kinds(i), index.grades[c.grade[i]]?.[0] ?? "", index.mains[c.main[i]], c.cells[i], c.frequency[i], c.specificity[i], c.sensitivity[i], c.f1[i], c.held_out[i], c.study_share[i], c.drivers[i], c.top[i].map((g) => index.genes[g]).join(" ")]));
+      found.map((i) => [c.number[i], scsaeAtlas.title(i), kinds(i), index.grades[c.grade[i]]?.[0] ?? "", index.mains[c.main[i]], c.cells[i], c.frequency[i], c.specificity[i], c.sensitivity[i], c.f1[i], c.f1_held_out[i], c.study_share[i], c.drivers[i], c.top[i].map((g) => index.genes[g]).join(" ")]));
   }
 
   // The list as an address has it.

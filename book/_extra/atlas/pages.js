@@ -43,7 +43,7 @@ scsaeAtlas.pages = (() => {
         ["Main cell type", index.mains[c.main[i]] || "none"],
         ["Active in", `${count(c.cells[i])} cells (${percent(c.frequency[i])})`],
         ["Specificity", digits(c.specificity[i])], ["Sensitivity", digits(c.sensitivity[i])],
-        ["F1, held-out cells", digits(c.held_out[i])],
+        ["F1, held-out cells", digits(c.f1_held_out[i])],
         index.studies > 1 ? ["Largest share of one study", percent(c.study_share[i])] : ["", null],
         page.auroc?.[0] != null ? ["Its genes predict it (AUROC)", `${digits(page.auroc[0])} (${digits(page.auroc[1])} to ${digits(page.auroc[2])}; random genes up to ${digits(page.auroc[3])})`] : ["", null],
       ]),
@@ -54,12 +54,12 @@ scsaeAtlas.pages = (() => {
 
   function evidence(page) {
     if (!has("evidence")) return missing("Evidence", "This run has no evidence cards.");
-    const marks = { yes: ["✓", "holds"], weak: ["~", "weak"], no: ["✕", "does not hold"] };
+    const marks = { passed: ["✓", "passed"], failed: ["✕", "failed"] };
     const lines = (page.evidence ?? []).map(([line, verdict, value]) => {
-      const [mark, words] = marks[verdict] ?? ["–", "not tested"];
-      return el("li", { class: `v-${verdict || "none"}` }, el("b", { "aria-hidden": "true" }, mark), el("span", {}, el("strong", {}, line), el("em", {}, ` ${words}`), value ? el("small", {}, value) : null));
+      const [mark, words] = marks[verdict] ?? ["–", "not testable"];
+      return el("li", { class: verdict === "passed" || verdict === "failed" ? verdict : null }, el("b", { "aria-hidden": "true" }, mark), el("span", {}, el("strong", {}, line), el("em", {}, ` ${words}`), value ? el("small", {}, value) : null));
     });
-    return part({ title: "Evidence", note: "Why believe this concept, or not: six questions, answered from the data.", body: lines.length ? el("ul", { class: "atlas-evidence" }, lines) : el("p", {}, "Not tested for this concept."), wide: true });
+    return part({ title: "Evidence", note: ["Why believe it, or not. ", chapters("06_evidence", "What the lines ask"), "."], body: lines.length ? el("ul", { class: "atlas-evidence" }, lines) : el("p", {}, "Not tested for this concept."), wide: true });
   }
 
   function where(i, page, cells, file) {
@@ -107,7 +107,7 @@ scsaeAtlas.pages = (() => {
       const sorted = data.slice().sort((a, b) => Math.abs(b.y) - Math.abs(a.y));
       parts.push(part({ title: "Passengers and drivers", note: `A gene can differ between active and silent cells without the model using it: a passenger. Here ${count(passengers)} genes do.`, body: figures.against(data), file: `${file}_expression`,
         columns: ["gene", "log2 fold change", "attribution", "role"], rows: sorted.slice(0, 100).map((d) => [gene(d.name), digits(d.x), digits(d.y, 3), role(d.role)]), raw: sorted.map((d) => [d.name, d.x, d.y, d.role]) }));
-    } else parts.push(missing("Passengers and drivers", has("expression") ? "Too few cells to compare expression." : "This run has no table of differential expression."));
+    } else parts.push(missing("Passengers and drivers", has("quadrants") ? "Too few cells to compare expression." : "Genes were not compared in expression in this run."));
     return parts;
   }
 
@@ -165,12 +165,12 @@ scsaeAtlas.pages = (() => {
     const types = (page.types ?? []).map(([t, value]) => ({ name: index.types[t][0], color: index.types[t][1], value, text: `${index.types[t][0]}: ${digits(value)}` }));
     return frame({ text: "Gene" }, asked, facts([
       page.name ? ["Name", page.name] : ["", null], ["Drives", `${of("driver").length} concepts`], ["Holds back", `${of("inhibitor").length} concepts`],
-      has("expression") ? ["Passenger in", `${of("passenger").length} concepts`] : ["", null], ["Occluded in", `${page.tested} concepts`]]),
+      has("quadrants") ? ["Passenger in", `${of("passenger").length} concepts`] : ["", null], ["Occluded in", `${page.tested} concepts`]]),
       el("div", { class: "atlas-parts" },
         effects.length ? part({ title: "What it does to concepts", note: `Attribution ± error, mean over each concept's best cells; the ${effects.length} strongest. Right of 0 it drives the concept (●), left of 0 it holds it back (▲).`, body: figures.effects(effects, { label: "attribution" }), wide: !types.length })
           : missing("What it does to concepts", "It has no effect beyond its error on any concept."),
         types.length ? part({ title: "Where it is expressed", note: "Mean log expression in the cell types that express it most.", body: figures.bars(types, { label: "mean log(1 + counts per 10,000)" }), columns: ["type", "mean"], rows: types.map((d) => [d.name, digits(d.value)]), raw: types.map((d) => [d.name, d.value]), file: `${asked}_expression` }) : null,
-        rows.length ? part({ title: "Concepts", note: has("expression") ? "A passenger differs in expression between the concept's active and silent cells, and has no effect on it." : "This run has no table of differential expression, so that passengers are not known.", wide: true, file: `${asked}_concepts`,
+        rows.length ? part({ title: "Concepts", note: has("quadrants") ? "A passenger differs in expression between the concept's active and silent cells, and has no effect on it." : "Genes were not compared in expression in this run, so that passengers are not known.", wide: true, file: `${asked}_concepts`,
           columns: ["concept", "role", "attribution", "error", "q-value"], rows: rows.map((d) => [concept(d.i), role(d.role), digits(d.value, 3), digits(d.error, 3), small(d.q)]), raw: rows.map((d) => [d.name, d.role, d.value, d.error, d.q]) }) : null));
   }
 
