@@ -24,6 +24,7 @@ from .sae import SAE
 DENSEST = 0.2  # share of candidates above which dense products are quicker
 SMALLEST = 2**16  # entries of W_e below which they are, too
 BLOCK = 64  # concepts; each block has its own partial sum, so that no result depends on the number of threads
+TINY = np.finfo(np.float32).tiny
 
 # Sums may be reordered to use vectors; NaN and infinity keep their meaning, so that diverging training shows.
 kernel = njit(parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
@@ -97,10 +98,12 @@ def sparse_step(
     (m_e, v_e), (m_b, v_b), (m_d, v_d) = moments
     beta1, beta2 = group["betas"]
     t = optimizer.state[sae.b_e]["step"].item()
-    adam = (beta1, beta2, group["lr"] / (1 - beta1**t), 1 / math.sqrt(1 - beta2**t), group["eps"], penalty)
+    adam = (beta1, beta2, group["lr"] / (1 - beta1**t), 1 / math.sqrt(1 - beta2**t), group["eps"])
     encoder, bias, decoder = (W_e, m_e.T, v_e.T), (b_e, m_b, v_b), (W_d, m_d, v_d)
     arrays = (tensor.numpy() for tensor in (*encoder, *bias, *decoder))
-    to_b_d = update(start, n_active, cells, u, x.numpy(), error, np.array(adam, np.float32), *arrays)
+    to_b_d = update(
+        start, n_active, cells, u, x.numpy(), error, np.float32(penalty), np.array(adam, np.float32), *arrays
+    )
     optimizer.zero_grad()
     sae.b_d.grad = torch.from_numpy(error.sum(0) - to_b_d.sum(0))
     optimizer.step()  # b_d's: the others have no gradient
@@ -218,18 +221,24 @@ def decode(a, b_d, W_d, first, concepts, values):
     return error, squared, l1
 
 
+@njit(inline="always")
+def flushed(x):
+    """0 for a denormal number, which would slow every later step; not all threads flush them by themselves."""
+    return np.float32(0) if -TINY < x < TINY else x
+
+
 @njit(inline="always", fastmath={"reassoc", "contract", "nsz"})
 def adam_row(w, m, v, g, adam):
     """Adam's step of a row with gradient ``g``."""
     beta1, beta2, rate, root, eps = adam[0], adam[1], adam[2], adam[3], adam[4]
     for k in range(len(w)):
-        m[k] = beta1 * m[k] + (np.float32(1) - beta1) * g[k]
-        v[k] = beta2 * v[k] + (np.float32(1) - beta2) * g[k] * g[k]
+        m[k] = flushed(beta1 * m[k] + (np.float32(1) - beta1) * g[k])
+        v[k] = flushed(beta2 * v[k] + (np.float32(1) - beta2) * g[k] * g[k])
         w[k] -= rate * m[k] / (np.sqrt(v[k]) * root + eps)
 
 
 @kernel
-def update(start, n_active, cells, u, x, error, adam, W_e, m_e, v_e, b_e, m_b, v_b, W_d, m_d, v_d):
+def update(start, n_active, cells, u, x, error, penalty, adam, W_e, m_e, v_e, b_e, m_b, v_b, W_d, m_d, v_d):
     """Gradient and step of all that belongs to each concept; returns what goes through x to b_d, a row a block.
 
     ``error`` (n, d) is the derivative of the loss by the reconstruction. A concept that never fired has no moments,
@@ -241,13 +250,13 @@ def update(start, n_active, cells, u, x, error, adam, W_e, m_e, v_e, b_e, m_b, v
     for block in prange(n_blocks):
         g_e, g_d, g_b = np.empty(d, np.float32), np.empty(d, np.float32), np.empty(1, np.float32)
         for j in range(block * BLOCK, min(c, (block + 1) * BLOCK)):
-            if n_active[j] == 0 and not m_e[j].any() and not v_e[j].any():
+            if n_active[j] == 0 and v_b[j] == 0 and not v_e[j].any() and not v_d[j].any():
                 continue
             w_e, w_d = W_e[j], W_d[j]
             g_e[:], g_d[:], g_b[:] = 0, 0, 0
             for p in range(start[j], start[j] + n_active[j]):
                 row, cell, value = error[cells[p]], x[cells[p]], u[p]
-                through = dot(row, w_d) + adam[5]
+                through = dot(row, w_d) + penalty
                 g_b[0] += through
                 for k in range(d):
                     g_d[k] += value * row[k]

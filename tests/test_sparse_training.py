@@ -133,6 +133,21 @@ class TestIsTheDenseStep:
         assert torch.equal(found.fired, active.any(0))
         assert found.n_active == active.sum()
 
+    def test_moments_of_silent_concepts_do_not_become_denormal(self):
+        """They would stay so for good, and slow every step, on threads that do not flush them."""
+        sae, adam = untrained()
+        sparse_step(sae, adam, cells())
+        with torch.no_grad():
+            sae.b_e -= 9
+        smallest = torch.finfo(torch.float32).tiny
+        for state in adam.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name].mul_(0).add_(1.05 * smallest)
+        torch.set_flush_denormal(False)
+        sparse_step(sae, adam, cells())
+        assert all((adam.state[p]["exp_avg"] == 0).all() for p in (sae.W_e, sae.b_e, sae.W_d))
+        assert all((adam.state[p]["exp_avg_sq"] > smallest).all() for p in (sae.W_e, sae.b_e, sae.W_d))
+
     def test_weights_that_are_not_finite_show(self):
         for name in ("W_e", "b_e", "W_d"):
             sae, adam = untrained(bias=0)
