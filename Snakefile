@@ -30,7 +30,8 @@ def files(*names):
 rule book:
     """Render the executed notebooks and the pages around them."""
     input:
-        expand(f"{RUN}/notebooks/{{name}}.ipynb", name=["00_ten_cells", "01_embedding", "02_sae", "03_concept_taxonomy", "04_case_study", "05_myeloid_concepts", "05b_drivers", "06_evidence"]),
+        expand(f"{RUN}/notebooks/{{name}}.ipynb", name=["00_ten_cells", "01_embedding", "02_sae", "03_concept_taxonomy", "04_case_study", "05_myeloid_concepts", "05b_drivers", "06_evidence", "07_atlas"]),
+        f"{RUN}/atlas/index.js",
         PAGES,
         [str(p) for p in sorted(Path("book").rglob("*")) if p.is_file()],
         "_config.yml",
@@ -109,6 +110,7 @@ rule case_study:
     input:
         needs("04_case_study"),
         f"{RUN}/concepts.h5ad",
+        files(P["case_study"]["descriptions"], P["case_study"]["collection"]),
     output:
         f"{RUN}/notebooks/04_case_study.ipynb",
     params:
@@ -123,6 +125,7 @@ rule concept_page:
     input:
         needs("04_case_study"),
         f"{RUN}/concepts.h5ad",
+        files(P["case_study"]["descriptions"], P["case_study"]["collection"]),
     output:
         f"{RUN}/notebooks/concepts/concept_{{number}}.ipynb",
     params:
@@ -158,6 +161,8 @@ rule drivers:
         f"{RUN}/drivers.parquet",
         f"{RUN}/attributions.parquet",
         f"{RUN}/curve_areas.parquet",
+        f"{RUN}/curves.parquet",
+        f"{RUN}/quadrants.parquet",
     params:
         P["drivers"],
     threads: workflow.cores
@@ -182,3 +187,21 @@ rule evidence:
     threads: workflow.cores
     shell:
         EXECUTE + " 06_evidence"
+
+
+rule atlas:
+    """The data of the page on which every concept can be searched."""
+    input:
+        needs("07_atlas"),
+        f"{RUN}/embedded.h5ad",
+        f"{RUN}/concepts.h5ad",
+        [f"{RUN}/{name}.parquet" for name in ("drivers", "quadrants", "attributions", "curves", "evidence")],
+        files(P["atlas"]["descriptions"], P["atlas"]["collection"]),
+    output:
+        f"{RUN}/notebooks/07_atlas.ipynb",
+        f"{RUN}/atlas/index.js",
+    params:
+        P["atlas"],
+    threads: workflow.cores
+    shell:
+        EXECUTE + " 07_atlas"

@@ -28,6 +28,7 @@ SECTIONS = {  # notebook: section of the profile
     "05_myeloid_concepts": "myeloid_concepts",
     "05b_drivers": "drivers",
     "06_evidence": "evidence",
+    "07_atlas": "atlas",
 }
 
 
@@ -204,6 +205,7 @@ def build(run: Path) -> Path:
     starts from nothing each time, since an incremental one forgets earlier warnings; warnings are errors. The last
     good book stays until the new one is whole.
     """
+    from .atlas import write_mentions
     from .claims import claims_page, write_claims
 
     run = run.resolve()  # Jupyter Book reads a relative path of the contents as one inside the source
@@ -218,6 +220,9 @@ def build(run: Path) -> Path:
         stage, out = Path(folder) / "source", Path(folder) / "out"
         shutil.copytree(ROOT / "book", stage / "book")
         shutil.copy(ROOT / "scsae_utils" / "data" / "scgpt-mini" / "MODEL_CARD.md", stage / "book" / "model_card.md")
+        data = stage / "book" / "_extra" / "atlas" / "data"
+        shutil.copytree(run / "atlas", data)
+        write_mentions(run / "notebooks", data)
         (stage / "book" / "claims.md").write_text(claims_page(write_claims(run)))
         for path in (stage / "book").glob("*.md"):
             path.write_text(fill_tables(path.read_text()))

@@ -4,8 +4,7 @@
 scsaeAtlas.pages = (() => {
   const { el, link, percent, digits, count, small, title } = scsaeAtlas;
   const has = (name) => scsaeAtlas.index.tables.includes(name);
-  const { part, table } = scsaeAtlas.figures;
-  const figures = scsaeAtlas.figures;
+  const { figures } = scsaeAtlas, { part } = figures;
   const gene = (name) => link({ gene: name }, name);
   const concept = (i) => link({ concept: scsaeAtlas.index.concepts.number[i] }, `${scsaeAtlas.index.concepts.number[i]} · ${title(i)}`);
   const symbols = (genes) => genes.split(",").map((name) => name.trim()).filter(Boolean).flatMap((name, k) => [k ? ", " : "", scsaeAtlas.index.genes.includes(name) ? gene(name) : name]);
@@ -97,7 +96,7 @@ scsaeAtlas.pages = (() => {
     const columns = ["gene", "attribution", "error", "q-value", "role", "tag", "paper's rule"];
     const parts = [part({ title: "Which genes drive it",
       note: `Attribution: the share of the activation that is lost when the gene is occluded, mean over the concept's best cells ± error. Right of 0 a gene drives the concept (●), left of 0 it holds it back (▲). ${count(page.n_tested)} genes were occluded; of the ${rows.length} strongest, ${effect} have an effect beyond twice their error (✕: not).`,
-      body: figures.effects(rows.filter((d) => top.has(d)), { label: "attribution" }), file: `${file}_genes`, columns,
+      body: figures.effects(rows.filter((d) => top.has(d)).sort((a, b) => b.value - a.value), { label: "attribution" }), file: `${file}_genes`, columns,
       rows: strongest.map((d) => [gene(d.name), digits(d.value, 3), digits(d.error, 3), small(d.q), role(d.role), d.tag || "–", d.selected ? "selected" : "–"]),
       raw: strongest.map((d) => [d.name, d.value, d.error, d.q, d.role, d.tag, d.selected ? "selected" : ""]) })];
     if (page.scatter) {
@@ -196,8 +195,10 @@ scsaeAtlas.pages = (() => {
       el("div", { class: "atlas-parts" },
         part({ title: "Why this and not another", note: "Counterfactuals: for each concept, the nearest cell (in the embedding) in which it is silent, and the genes whose occlusion takes most of the concept's activation in this cell.",
           body: contrast.length ? el("ul", { class: "atlas-why-not" }, contrast) : el("p", {}, has("attributions") ? "Genes were occluded in each concept's best cells, and this cell is not among them." : "This run has no attributions of single cells.") }),
-        part({ title: "Where it lies", note: "All cells by type; the ring is this one.", body: figures.cellMap(cells, { color, alpha: () => 0.7, order: d3.range(cells.x.length), marked: at, name: "Map of the cells, coloured by cell type", label: (r) => [index.types[cells.types[r]]?.[0] ?? "", cells.names[r]] }) }),
-        part({ title: "What fires in it", note: `Concepts by their activation, relative to the highest of any cell.${known.length ? " Genes: the share of the concept's activation in this cell that is lost without the gene." : ""}`, body: table(["concept", "activation", "of its highest", "genes in this cell"], shown, "What fires in this cell"), wide: true })));
+        part({ title: "Where it lies", note: "All cells by type; the ring is this one.", body: el("div", {}, figures.cellMap(cells, { color, alpha: () => 0.7, order: d3.range(cells.x.length), marked: at, name: "Map of the cells, coloured by cell type", label: (r) => [index.types[cells.types[r]]?.[0] ?? "", cells.names[r]] }),
+            el("div", { class: "atlas-legend" }, index.types.map(([name, fill]) => el("span", {}, el("i", { "aria-hidden": "true", style: { background: fill } }), name)))) }),
+        part({ title: "What fires in it", note: `Concepts by their activation, relative to the highest of any cell.${known.length ? " Genes: the share of the concept's activation in this cell that is lost without the gene." : ""}`, columns: ["concept", "activation", "of its highest", "genes in this cell"], rows: shown, file: `${asked}_concepts`, wide: true,
+          raw: page.concepts.map(([i, value, share, pairs]) => [`${index.concepts.number[i]} · ${title(i)}`, value, share, (pairs ?? []).map(([g, v]) => `${index.genes[g]} ${v}`).join(" ")]) })));
   }
 
   return { concept: conceptPage, gene: genePage, cell: cellPage, problem };
