@@ -7,6 +7,7 @@ from anndata import AnnData
 from scipy import sparse
 from scipy.stats import kstest, spearmanr
 
+from scsae_utils import plots
 from scsae_utils.attribution import AttributionConfig
 from scsae_utils.concepts import KINDS, add_taxonomy
 from scsae_utils.evidence import (
@@ -374,3 +375,41 @@ class TestNulls:
         table = evidence_table(concepts, lines, found)
         assert set(table["grade"]) <= {"C", "D"} and (table["grade"] == "D").mean() > 0.5
         assert (table["not_technical_verdict"] == "passed").any()
+
+
+class TestFigures:
+    @pytest.fixture
+    def table(self):
+        verdicts = {f"{name}_verdict": ["passed", "failed", "not testable"] for name in LINES}
+        kinds = {"kind": [KINDS[0], KINDS[2], KINDS[2]], "reading": ["", "program", "technical"]}
+        return pd.DataFrame(kinds | {"n_passed": [6, 0, 0], "grade": ["A", "D", "D"]} | verdicts)
+
+    def test_real_and_null(self):
+        tables = {
+            "scGPT": pd.DataFrame({"f1": [0.2, 0.4, 0.9], "x": 1.0}),
+            "PCA": pd.DataFrame({"f1": [0.1], "x": np.nan}),
+        }
+        fig = plots.real_and_null(tables, {"f1": "F1", "x": "something"})
+        first, second = fig.axes
+        assert [t.get_text() for t in first.get_yticklabels()] == ["scGPT (3)", "PCA (1)"]
+        assert [line.get_xdata()[0] for line in first.lines] == [0.4, 0.1] and first.get_xlabel() == "F1"
+        assert [t.get_text() for t in second.get_yticklabels()] == ["scGPT (3)"]  # nothing is known of the null
+
+    def test_grades(self, table):
+        ax = plots.grades_by_kind(table).axes[0]
+        names = ["whole-cell-type (1)", "cross-cell-type (2)", "↳ program (1)", "↳ technical (1)"]
+        assert [t.get_text() for t in ax.get_yticklabels()] == names
+        assert [bar.get_width() for bar in ax.containers[0]] == [1, 0, 0, 0]  # grade A
+        assert ax.get_xlabel() == "share of the concepts"
+
+    def test_lines(self, table):
+        ax = plots.lines_by_kind(table).axes[0]
+        np.testing.assert_array_equal(ax.images[0].get_array(), np.repeat([[0], [1], [2]], 6, axis=1))
+        assert [t.get_text() for t in ax.get_yticklabels()] == ["whole-cell-type (1)", "program (1)", "technical (1)"]
+        assert "not technical" in [t.get_text() for t in ax.get_xticklabels()]
+
+    def test_associations(self, planted):
+        ax = plots.association_strip(planted[1]).axes[0]
+        assert [t.get_text() for t in ax.get_yticklabels()] == ["library size", "study"]
+        legend = [t.get_text() for t in ax.get_legend().get_texts()]
+        assert legend == ["associated (2)", "undecided (0)", "free (3)", "cannot be told (3)"]

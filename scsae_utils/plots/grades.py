@@ -5,8 +5,9 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..concepts import KINDS, READINGS
 from .style import GREY, legend_below
@@ -40,14 +41,15 @@ def real_and_null(tables: dict[str, pd.DataFrame], measures: dict[str, str]) -> 
         ax.set_yticks(range(len(shown)), [f"{name} ({len(values)})" for name, values in shown.items()], fontsize=9)
         ax.set_ylim(len(shown) - 0.5, -0.5)
         ax.set_xlabel(label)
+        ax.xaxis.set_major_locator(MaxNLocator(6))
     return fig
 
 
 def grades_by_kind(table: pd.DataFrame) -> Figure:
-    """Share of the concepts with each grade, by kind; cross-cell-type ones also by reading."""
+    """Share of the concepts with each grade, by kind; below (↳) cross-cell-type ones by reading."""
     kinds = [kind for kind in KINDS if (table["kind"] == kind).any()]
     groups = {kind: table["kind"] == kind for kind in kinds}
-    groups |= {f"  {name}": table["reading"] == name for name in READINGS if (table["reading"] == name).any()}
+    groups |= {f"↳ {name}": table["reading"] == name for name in READINGS if (table["reading"] == name).any()}
     names = [f"{name} ({mask.sum()})" for name, mask in groups.items()]
     shares = pd.DataFrame([table.loc[m, "grade"].value_counts(normalize=True) for m in groups.values()], index=names)
     shares = shares.reindex(columns=list(GRADE_COLORS)).fillna(0)
@@ -77,8 +79,8 @@ def lines_by_kind(table: pd.DataFrame) -> Figure:
     lines = rows.filter(regex="_verdict$")
     values = lines.apply(lambda column: column.map(codes)).to_numpy()
     fig, ax = plt.subplots(figsize=(5.2, 6))
-    colors = np.array([plt.matplotlib.colors.to_rgb(c) for c in VERDICT_COLORS.values()])
-    ax.imshow(colors[values], aspect="auto", interpolation="nearest")
+    colors = ListedColormap(list(VERDICT_COLORS.values()))
+    ax.imshow(values, cmap=colors, vmin=0, vmax=len(codes) - 1, aspect="auto", interpolation="nearest")
     ends = np.cumsum(rows.groupby("rank", sort=True).size().to_numpy())
     starts = np.r_[0, ends[:-1]]
     for end in ends[:-1]:
