@@ -21,6 +21,7 @@ from .embedding import BATCH_TOKENS, cell_tokens, embed_tokens
 from .encoder import CellEncoder
 from .scgpt import Layer, ScGPT
 
+FEW = 4  # fewer changes of a cell are not worth preparing what they could share
 UNSTABLE = 0.9  # attention to one token above which 1 - p + r loses digits: such changes take an ordinary pass
 
 
@@ -91,11 +92,15 @@ class FirstLayer:
 
 
 def encode_changed(
-    model: CellEncoder, x: Tensor, positions: Tensor, new: Tensor | None, batch_tokens: int = BATCH_TOKENS
+    model: CellEncoder,
+    x: Tensor,
+    positions: Tensor,
+    new: Tensor | None,
+    first: FirstLayer | None = None,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> Tensor:
     """Vectors (B, d) of one cell's tokens x (N, d), with one of them replaced by ``new`` (B, d), or taken away."""
     n, out = len(x), torch.empty(len(positions), model.dim, dtype=x.dtype, device=x.device)
-    first = FirstLayer(model, x) if isinstance(model, ScGPT) and model.config.nlayers > 1 else None
     stable = first.stable[positions] if first else torch.zeros(len(positions), dtype=torch.bool, device=x.device)
     size = max(1, batch_tokens // n)
     for rows in torch.nonzero(stable).flatten().split(size):
@@ -144,8 +149,10 @@ def occlude(
     x = model.tokens(ids[None], values[None])[0]
     out = torch.empty(len(positions), model.dim, dtype=x.dtype, device=x.device)
     new = model.tokens(ids[positions[~remove]][None], new_values[~remove][None])[0]
-    out[~remove] = encode_changed(model, x, positions[~remove], new, batch_tokens)
-    out[remove] = encode_changed(model, x, positions[remove], None, batch_tokens)
+    shared = isinstance(model, ScGPT) and model.config.nlayers > 1 and len(positions) >= FEW
+    first = FirstLayer(model, x) if shared else None
+    out[~remove] = encode_changed(model, x, positions[~remove], new, first, batch_tokens)
+    out[remove] = encode_changed(model, x, positions[remove], None, first, batch_tokens)
     return F.normalize(out.float(), dim=-1).cpu().numpy()
 
 

@@ -110,7 +110,8 @@ def attribute_all(
     Raises
     ------
     ValueError
-        As :func:`~scsae_utils.attribution.attribute`; also if the model or the binning cannot be screened.
+        As :func:`~scsae_utils.attribution.attribute`; also where the model, the dictionary or the binning cannot be
+        screened.
     """
     if method == "exact":
         return attribute(adata, model, sae, concepts, config, key, folder, batch_tokens, progress, **settings)
@@ -118,6 +119,8 @@ def attribute_all(
         raise ValueError(f"method must be 'screened' or 'exact', not {method!r}")
     if not isinstance(model, ScGPT):
         raise ValueError(f"the screen follows the layers of scGPT, not of {type(model).__name__}: use method='exact'")
+    if type(sae).pre_activations is not Dictionary.pre_activations:
+        raise ValueError(f"the screen needs a linear encoder, not {type(sae).__name__}'s: use method='exact'")
     plan = make_plan(adata, model, sae, concepts, config, key, settings)
     if plan.config.binning != "frozen":
         raise ValueError("the screen changes one gene at a time: for binning='rebinned' use method='exact'")
@@ -288,7 +291,8 @@ def audit(table: pd.DataFrame, choice: dict, screening: ScreeningConfig, n_genes
     most = largest_total(len(drawn), smallest, tail)
 
     def recall(missed: float) -> float:
-        return len(selected) / max(1, len(selected) + max(0.0, missed - len(only_sampled)))
+        missed = max(0.0, missed - len(only_sampled))
+        return len(selected) / (len(selected) + missed) if missed else 1.0
 
     return {
         "n_selected": len(selected), "n_missed": len(only_sampled), "n_audited": int((table["sample"] == 2).sum()),
