@@ -24,8 +24,9 @@ class SyntheticConfig:
         Frequencies fall as rank to the power of ``-exponent``; the most frequent feature is in half of the cells at
         most.
     groups, correlation
-        Features belong to so many groups in turn; features of a group tend to occur in the same cells. ``correlation``
-        is that of the normal variables that are cut off to say which features a cell has.
+        Features belong to so many groups in turn, as subtypes to a cell type. The first, most frequent one of a group
+        is its parent: a cell without it has none of the group. Given the parent, the others still tend to occur
+        together: ``correlation`` is that of the normal variables that are cut off to say which features a cell has.
     noise
         Standard deviation of each coordinate, beside feature vectors of length 1 with magnitudes of mean 1.
     seed
@@ -77,14 +78,18 @@ def make_synthetic(config: SyntheticConfig) -> Synthetic:
     """Draw cells: which features (a Gaussian copula), their magnitudes (gamma of shape 4 and mean 1), and noise."""
     rng = np.random.default_rng(config.seed)
     vectors = normalize(rng.normal(size=(config.n_features, config.dim))).astype(np.float32)
-    cut = ndtri(frequencies(config))
     group = np.arange(config.n_features) % config.groups
+    p = frequencies(config)
+    given = np.where(np.arange(config.n_features) < config.groups, p, np.minimum(p / p[group], 1))
+    cut = ndtri(given)
     parts = []
     for start in range(0, config.n_cells, 4096):  # dense only for so many cells at a time
         n = min(4096, config.n_cells - start)
         common = rng.normal(size=(n, config.groups))[:, group]
         own = rng.normal(size=(n, config.n_features))
-        on = np.sqrt(config.correlation) * common + np.sqrt(1 - config.correlation) * own < cut
+        shared = np.where(np.arange(config.n_features) < config.groups, 0, config.correlation)
+        on = np.sqrt(shared) * common + np.sqrt(1 - shared) * own < cut
+        on &= on[:, group]  # the parent of group i is feature i
         parts.append(sparse.csr_matrix(on * rng.gamma(4, 1 / 4, size=on.shape).astype(np.float32)))
     U = sparse.vstack(parts, format="csr")
     noise = config.noise * rng.normal(size=(config.n_cells, config.dim))
