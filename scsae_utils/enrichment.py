@@ -6,6 +6,7 @@ and the model knows them. Against all genes of the genome, any list from a panel
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -140,6 +141,14 @@ def best_of_random(random, sets: dict, panel, min_genes: int = 3) -> pd.DataFram
     tested = ~np.isnan(qvalue).all(axis=1)
     best = qvalue[tested].min(axis=0) if tested.any() else np.ones(len(random))
     return pd.DataFrame({"n_found": (qvalue < 0.05).sum(axis=0), "best": best})
+
+
+def plain(set_name: str) -> str:
+    """A gene set's name without number and collection: ``enriched in B cells (I) (M47.0)`` is ``genes of B cells``."""
+    name = re.sub(r"\s*\((?:[MS]\d+(?:\.\d+)?|GO:\d+|[IVX]+)\)", "", set_name)
+    if name.isupper() and "_" in name:  # MSigDB: REACTOME_MHC_CLASS_II_ANTIGEN_PRESENTATION
+        name = name.split("_", 1)[1].replace("_", " ").lower()
+    return re.sub("^enriched in ", "genes of ", name.strip())
 
 
 def _rows(genes, panel: pd.Index) -> np.ndarray:

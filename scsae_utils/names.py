@@ -12,7 +12,6 @@ tells how well this separates held-out cells in which the concept is active from
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +24,7 @@ from scipy.stats import norm, rankdata
 from .attribution import choose_prototypes
 from .cells import MARKERS
 from .concepts import KINDS
-from .enrichment import over_representation, random_lists
+from .enrichment import over_representation, plain, random_lists
 from .genesets import on_panel
 from .words import without_parts, word_sets
 
@@ -36,6 +35,8 @@ class NameConfig:
 
     Parameters
     ----------
+    max_gene_q
+        Drivers with a q-value below this are significant.
     max_q
         Gene sets, words and markers with a q-value below this are significant, if their p-value against random genes
         of like expression is as well.
@@ -51,6 +52,7 @@ class NameConfig:
         So many cells with the highest activation chose the drivers, and are left out of the score.
     """
 
+    max_gene_q: float = 0.1
     max_q: float = 0.05
     min_genes: int = 3
     n_strongest: int = 20
@@ -60,8 +62,9 @@ class NameConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if not (0 < self.max_q < 1 and min(self.min_genes, self.n_strongest, self.n_words, self.n_prototypes) >= 1):
-            raise ValueError(f"max_q must lie between 0 and 1, and the numbers must be at least 1: {self}")
+        numbers = self.min_genes, self.n_strongest, self.n_words, self.n_prototypes
+        if not (0 < self.max_gene_q < 1 and 0 < self.max_q < 1 and min(numbers) >= 1):
+            raise ValueError(f"max_gene_q and max_q must lie between 0 and 1, and the numbers be at least 1: {self}")
         if self.n_random < 2 / self.max_q:
             raise ValueError(f"n_random must be at least {2 / self.max_q:.0f} for max_q = {self.max_q}")
 
@@ -77,7 +80,7 @@ def driver_genes(drivers: pd.DataFrame, config: NameConfig | None = None) -> pd.
 
     Returns
     -------
-    The significant rows (``q_value`` below ``max_q``, or ``selected``), strongest first, with ``basis``
+    The significant rows (``q_value`` below ``max_gene_q``, or ``selected``), strongest first, with ``basis``
     ``"significant"``; for concepts with fewer than ``min_genes`` of them that have a positive attribution, the
     ``n_strongest`` positive ones, with ``basis`` ``"strongest"``.
 
@@ -94,7 +97,7 @@ def driver_genes(drivers: pd.DataFrame, config: NameConfig | None = None) -> pd.
         twice = drivers[drivers.duplicated(["concept", "gene"])].iloc[0]
         raise ValueError(f"the gene {twice['gene']} occurs twice among the drivers of concept {twice['concept']}")
     table = drivers[drivers["attribution"] != 0].reset_index(drop=True)
-    significant = table["q_value"] < config.max_q if "q_value" in table else table["selected"].astype(bool)
+    significant = table["q_value"] < config.max_gene_q if "q_value" in table else table["selected"].astype(bool)
     n_positive = (significant & (table["attribution"] > 0)).groupby(table["concept"]).transform("sum")
     positive = table["attribution"].where(table["attribution"] > 0)
     rank = positive.groupby(table["concept"]).rank(ascending=False, method="first")
@@ -199,14 +202,6 @@ def _significant(genes, sets, background, expression: pd.Series, config: NameCon
     table = over_representation(genes, sets, background, random=random)
     found = (table["qvalue"] < config.max_q) & (table["p_random"] < config.max_q) & (table["count"] >= 2)
     return table[found]
-
-
-def plain(set_name: str) -> str:
-    """A gene set's name without number and collection: ``enriched in B cells (I) (M47.0)`` is ``genes of B cells``."""
-    name = re.sub(r"\s*\((?:[MS]\d+(?:\.\d+)?|GO:\d+|[IVX]+)\)", "", set_name)
-    if name.isupper() and "_" in name:  # MSigDB: REACTOME_MHC_CLASS_II_ANTIGEN_PRESENTATION
-        name = name.split("_", 1)[1].replace("_", " ").lower()
-    return re.sub("^enriched in ", "genes of ", name.strip())
 
 
 def _name(about: pd.Series, concept: int, row: dict) -> dict:

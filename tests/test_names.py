@@ -7,7 +7,8 @@ from anndata import AnnData
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
-from scsae_utils.names import NameConfig, auroc, auroc_interval, driver_genes, name_concepts, plain
+from scsae_utils.enrichment import plain
+from scsae_utils.names import NameConfig, auroc, auroc_interval, driver_genes, name_concepts
 
 B = ["CD79A", "CD79B", "MS4A1", "CD19"]
 PANEL = [*B, *(f"G{i}" for i in range(96))]

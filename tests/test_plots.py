@@ -292,15 +292,32 @@ class TestExpressionAndWords:
     @pytest.mark.parametrize("n", [1, 3, 40])
     def test_words(self, n):
         counts = pd.DataFrame(
-            {"word": [f"word{i:02d}" for i in range(n)], "count": np.arange(n, 0, -1), "expected": 0.5}
+            {"word": [f"word{i:02d}" for i in range(n)], "count": np.arange(n, 0, -1), "expected": 0.5, "qvalue": 0.2}
         )
-        fig = plots.word_cloud(counts)
-        bars = fig.axes[1]
-        assert len(bars.patches) == min(n, 15) and legend(bars) == ["expected of random genes", "these genes"]
+        counts.loc[0, "qvalue"] = 1e-5
+        fig = plots.word_cloud(counts, counts[::-1])
+        these, random, bars = fig.axes
+        assert [these.get_title(), random.get_title()] == ["these genes", "as many random genes"]
+        assert len(these.images) == len(random.images) == 1
+        assert len(bars.patches) == min(n, 12)
         assert [text.get_text() for text in bars.get_yticklabels()][-1] == "word00"  # the most frequent on top
+        assert to_hex(bars.patches[-1].get_facecolor()) == "#08306b"
+        assert all(to_hex(bar.get_facecolor()) == "#8c8c8c" for bar in bars.patches[:-1])
         assert bars.get_xlabel() == "genes with the word in their description"
-        assert fig.axes[0].images[0].get_array().shape[:2] == (560, 900)
+        named = [text.get_text() for text in fig.subfigs[1].legends[0].texts]
+        assert named == ["q < 0.001", "q < 0.05", "not enriched", "expected"]
 
     def test_no_words_are_said_so(self):
-        fig = plots.word_cloud(pd.DataFrame({"word": [], "count": [], "expected": []}))
+        fig = plots.word_cloud(pd.DataFrame({"word": [], "count": [], "expected": [], "qvalue": []}))
         assert [text.get_text() for text in fig.axes[0].texts] == ["no words"]
+
+    def test_gene_sets(self):
+        lists = pd.DataFrame({"set": ["A_B", "two words"], "qvalue": [1e-4, 0.5], "size": [9, 4], "count": [5, 1]})
+        ranked = pd.DataFrame({"set": ["C", "D"], "qvalue": [0.01, np.nan], "size": [9, 4], "nes": [-2.0, 1.0]})
+        fig = plots.gene_set_bars({"lists": lists, "ranking": ranked}, {"lists": pd.DataFrame({"best": [0.1, 1.0]})})
+        first, second = fig.axes
+        assert [text.get_text() for text in first.get_yticklabels()] == ["two words (1 of 4)", "b (5 of 9)"]
+        assert [bar.get_width() for bar in first.patches] == pytest.approx([-np.log10(0.5), 4])
+        assert len(first.lines) == 2 and len(second.lines) == 1 and len(second.patches) == 1
+        assert to_hex(second.patches[0].get_facecolor()) == "#d55e00"
+        assert second.get_xlabel() == "-log10 q-value" and "q = 0.05" in [t.get_text() for t in fig.legends[0].texts]

@@ -12,8 +12,9 @@ from .drivers import (
     precision_recall_bars,
     quadrant_scatter,
 )
-from .genes import attribution_heatmap, attribution_strip, deletion, volcano, word_cloud
+from .genes import attribution_heatmap, attribution_strip, deletion, volcano
 from .grades import association_strip, grades_by_kind, lines_by_kind, real_and_null
+from .meaning import gene_set_bars, word_cloud
 from .style import GREY, HIGH_COLORS, KIND_COLORS, OTHER_COLORS, legend_below, palette, set_style, umap_axes
 from .taxonomy import (
     activation_by_type,

@@ -47,40 +47,6 @@ def volcano(table: pd.DataFrame, min_log2fc: float, max_padj: float, n_names: in
     return fig
 
 
-def word_cloud(counts: pd.DataFrame, seed: int = 0) -> Figure:
-    """Words of a gene list, size by the number of genes, and the most frequent ones as bars (Fig. 2d).
-
-    ``counts`` has columns ``word``, ``count``, ``expected``.
-    """
-    from wordcloud import WordCloud  # slow to import, and only needed here
-
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", width_ratios=[1.5, 1])
-    cloud = WordCloud(
-        width=900,
-        height=560,
-        background_color="white",
-        colormap="viridis",
-        max_words=60,
-        random_state=seed,
-        prefer_horizontal=1,
-        relative_scaling=1,
-    )
-    axes[0].axis("off")
-    if len(counts) == 0:
-        axes[0].text(0.5, 0.5, "no words", ha="center")
-        return fig
-    axes[0].imshow(
-        cloud.generate_from_frequencies(dict(zip(counts["word"], counts["count"]))), interpolation="bilinear"
-    )
-    top = counts.nlargest(15, "count", keep="first").iloc[::-1]
-    axes[1].barh(top["word"], top["count"], color="#0072B2", label="these genes")
-    axes[1].plot(top["expected"], top["word"], "D", color="#D55E00", ms=5, label="expected of random genes")
-    axes[1].set(xlabel="genes with the word in their description")
-    axes[1].legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2, fontsize=9)
-    axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    return fig
-
-
 def attribution_strip(attributions: pd.DataFrame, genes: list[str], threshold: float = 0.05, selected=None) -> Figure:
     """Attribution of each gene in each prototype (Fig. 2e); dotted: the paper's threshold.
 
