@@ -42,7 +42,7 @@ class EvidenceConfig:
     ----------
     min_match, min_found
         Another dictionary finds a concept again if the activations of its match have a correlation of at least
-        ``min_match``, and above what 95 % of the concepts reach with a random dictionary. The line is passed if this
+        ``min_match``, and above what 95 % of random dictionaries reach for this concept. The line is passed if this
         share ``min_found`` of the dictionaries do.
     min_kept, min_cells
         F1 on held-out cells, as a share of that on training cells; it takes ``min_cells`` active held-out cells.
@@ -100,7 +100,9 @@ def match(U, V) -> np.ndarray:
     return out
 
 
-def found_again(concepts: AnnData, others: Sequence, random, config: EvidenceConfig | None = None) -> pd.DataFrame:
+def found_again(
+    concepts: AnnData, others: Sequence, random: Sequence, config: EvidenceConfig | None = None
+) -> pd.DataFrame:
     """Line 1. ``value``: share of ``others`` that find the concept again, with Wilson interval; see :func:`match`.
 
     Parameters
@@ -108,14 +110,17 @@ def found_again(concepts: AnnData, others: Sequence, random, config: EvidenceCon
     others
         Activations (n, m) in the same cells of dictionaries from other seeds.
     random
-        Those of a dictionary whose vectors were never trained; ``null`` is the correlation with the match in it.
+        Those of dictionaries whose vectors were never trained. ``null`` is what 95 % of their matches of this very
+        concept stay below: directions that hold much of the embedding's variance are near to some vector of any
+        dictionary.
     """
     config = config or EvidenceConfig()
-    if not len(others):
-        raise ValueError("stability needs at least one other dictionary")
+    if not len(others) or not len(random):
+        raise ValueError("stability needs at least one other dictionary, and one random one")
     real = kept(concepts)
-    null, reached = match(real.X, random), np.array([match(real.X, other) for other in others])
-    n = (reached >= max(config.min_match, np.quantile(null, 0.95))).sum(axis=0)
+    null = np.quantile([match(real.X, each) for each in random], 0.95, axis=0)
+    reached = np.array([match(real.X, other) for other in others])
+    n = (reached >= np.maximum(config.min_match, null)).sum(axis=0)
     low, high = wilson(n, np.full(len(n), len(others)))
     value = n / len(others)
     notes = [f"{k} of {len(others)}; mean correlation {r:.2f}" for k, r in zip(n, reached.mean(axis=0))]
@@ -221,7 +226,8 @@ def better_than_nothing(
     n = sizes.to_numpy()[np.arange(len(sizes)), strongest]
     low, high = wilson(least.fillna(0) * n, n)
     notes = [
-        f"by {'F1' if s else 'attribution'}; least against {shares.columns[j]}" for s, j in zip(specific, strongest)
+        f"by {'F1' if s else 'attribution'}; least against {shares.columns[j]}" if known else ""
+        for s, j, known in zip(specific, strongest, least.notna())
     ]
     columns = {"value": least, "low": low, "high": high, "null": 0.5, "note": notes}
     return line(var.index, least >= config.min_beaten, least.notna(), **columns)
@@ -305,7 +311,8 @@ def driven(
         (both["low"] >= config.min_agreement) & ~(both["low"] <= both["other"]) & (both["deletion"] < both["least"])
     )
     testable = both["low"].notna() & both["least"].notna()
-    notes = [f"deletion {a:.2f}, random {b:.2f}" for a, b in zip(both["deletion"], both["random"])]
+    areas = zip(both["deletion"], both["random"], testable)
+    notes = [f"deletion {a:.2f}, random {b:.2f}" if known else "" for a, b, known in areas]
     columns = {"value": both["agreement"], "low": both["low"], "high": both["high"], "null": both["other"]}
     columns = {name: values.to_numpy() for name, values in columns.items()}
     return line(names, passed.to_numpy(), testable.to_numpy(), note=notes, **columns)

@@ -57,6 +57,13 @@ def random_directions(a: np.ndarray, n_concepts: int, k: int, seed: int = 0) -> 
     return dictionary.eval().requires_grad_(False)
 
 
+def random_activations(case: Case, n: int = 20, seed: int = 0) -> list[sparse.csr_matrix]:
+    """Activations (n, c) in a case's cells of ``n`` dictionaries of random directions, as large and as sparse."""
+    a = case.cells.obsm["X_scGPT"]
+    size, k = case.dictionary.config.n_concepts, max(1, round(l0(case.activations())))
+    return [random_directions(a, size, k, seed + i).activations(a) for i in range(n)]
+
+
 def make_cases(
     adata: AnnData, model: CellEncoder, sae: Dictionary, n_seeds: int = 3, seed: int = 0, progress: bool = True
 ) -> tuple[dict[str, Case], list[Dictionary]]:

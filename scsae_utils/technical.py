@@ -109,7 +109,8 @@ def within_strata(U, X: pd.DataFrame, strata, min_informative: int = 10) -> pd.D
     Returns
     -------
     Indexed by concept (0 to c - 1) and covariate: ``effect``; ``low`` and ``high``, effect -+ 1.96 standard errors
-    under the null; ``p_value``; ``informative`` (number of cells to compare). NaN where nothing could be tested.
+    under the null, within -1 and 1; ``p_value``; ``informative`` (number of cells to compare). NaN where nothing could
+    be tested.
     """
     U = sparse.csr_matrix(U)
     codes, _ = pd.factorize(pd.Series(np.asarray(strata, object)))
@@ -137,7 +138,8 @@ def within_strata(U, X: pd.DataFrame, strata, min_informative: int = 10) -> pd.D
         p_value = np.where(told, 2 * norm.sf(np.abs(score) / np.sqrt(variance)), np.nan)
     index = pd.MultiIndex.from_product([range(shape[0]), X.columns], names=["concept", "covariate"])
     margin = norm.ppf(0.975) * error
-    columns = {"effect": effect, "low": effect - margin, "high": effect + margin, "p_value": p_value}
+    ends = {"low": np.maximum(effect - margin, -1), "high": np.minimum(effect + margin, 1)}
+    columns = {"effect": effect, **ends, "p_value": p_value}
     columns |= {"informative": informative}
     return pd.DataFrame({name: values.ravel() for name, values in columns.items()}, index=index)
 

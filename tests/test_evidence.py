@@ -58,7 +58,7 @@ class TestWithinStrata:
         table = within_strata(np.array([[0.0], [2], [5], [9]]), pd.DataFrame({"x": [1, 2, 4, 3]}), ["a"] * 4, 1)
         row = table.loc[(0, "x")]
         assert row["effect"] == pytest.approx(0.8) and row["p_value"] == pytest.approx(0.1659, abs=1e-4)
-        assert row["high"] - row["effect"] == pytest.approx(1.96 * np.sqrt(25 / 3) / 5, abs=1e-4)
+        assert row["low"] == pytest.approx(0.8 - 1.96 * np.sqrt(25 / 3) / 5, abs=1e-4) and row["high"] == 1
         assert row["informative"] == 1  # three cells are active, one is silent
 
     def test_one_stratum_without_ties_is_spearman(self):
@@ -177,7 +177,7 @@ class TestStable:
     def test_counts_by_hand(self):
         rng = np.random.default_rng(0)
         U = rng.random((50, 2))
-        random = sparse.csr_matrix(rng.random((50, 2)))
+        random = [sparse.csr_matrix(rng.random((50, 2)))]
         one = sparse.csr_matrix(np.c_[U[:, 1], rng.random(50)])
         both = sparse.csr_matrix(U[:, ::-1])
         table = found_again(cells(["a"] * 50, U=U), [one, both], random)
@@ -186,6 +186,15 @@ class TestStable:
         assert table["low"].iloc[1] == pytest.approx(2 / 5.8415, abs=1e-4)  # Wilson: 2 of 2
         with pytest.raises(ValueError, match="at least one"):
             found_again(cells(["a"] * 50, U=U), [], random)
+
+    def test_what_random_dictionaries_find_as_well_is_not_stable(self):
+        """Concept 0 is in every random dictionary too; concept 1 is not."""
+        rng = np.random.default_rng(0)
+        U = rng.random((50, 2))
+        random = [sparse.csr_matrix(np.c_[U[:, 0], rng.random(50)]) for _ in range(3)]
+        other = sparse.csr_matrix(U + 0.01 * rng.random(U.shape))
+        table = found_again(cells(["a"] * 50, U=U), [other], random)
+        assert table["verdict"].tolist() == ["failed", "passed"] and table["null"].iloc[0] == pytest.approx(1)
 
 
 class TestGeneralises:
@@ -365,7 +374,7 @@ class TestNulls:
         areas = pd.DataFrame({"deletion": []}, index=index)
         measured = pd.DataFrame({"kind": KINDS[2], "n_cells": 80, "f1": 0.1, "strength": 0.1}, index=concepts.var_names)
         lines = {
-            "stable": found_again(concepts, [sparse.csr_matrix(V)], sparse.csr_matrix(V)),
+            "stable": found_again(concepts, [sparse.csr_matrix(V)], [sparse.csr_matrix(V)]),
             "generalises": generalises(concepts),
             "not_technical": not_technical(concepts, found),
             "better": better_than_nothing(concepts, measured, {"the same": measured}),
