@@ -177,6 +177,7 @@ class Dictionary(nn.Module):
     def calibrate(self, a: Tensor, k: int) -> None:
         """Set the threshold so that the cells a (n, d) have ``k`` active concepts on average."""
         u = self.pre_activations(a).flatten()
+        self.threshold.zero_()
         if k * len(a) < len(u):
             self.threshold.copy_(u.topk(k * len(a) + 1).values[-1])
 

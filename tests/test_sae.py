@@ -68,6 +68,49 @@ class TestFormulas:
         expected = (rest**2).mean() + ((rest - u[:, dead] @ W_d[dead]) ** 2).mean() / 32
         assert loss.item() == pytest.approx(expected, rel=1e-5)
 
+    def test_loss_of_matryoshka(self):
+        """The mean over the first 3, 6 and 12 concepts, of activations that were chosen from all together."""
+        sae, a = random_sae("matryoshka", prefixes=(0.25, 0.5, 1)), torch.from_numpy(data(10))
+        nobody = torch.zeros(12, dtype=torch.bool)
+        with torch.no_grad():
+            u = keep_largest(sae.pre_activations(a), 3 * 10)
+            errors = [((u[:, :n] @ sae.W_d[:n] + sae.b_d - a) ** 2).mean().item() for n in (3, 6, 12)]
+            loss, active, rest = sae.loss(a, nobody)
+        assert loss.item() == pytest.approx(np.mean(errors), rel=1e-5)
+        assert torch.equal(active, u)
+        torch.testing.assert_close(rest, a - sae.decode(u))
+
+    def test_loss_and_gradient_of_jumprelu(self):
+        """A threshold t moves by what is within the window: -1 / width for the count, -t / width for the activation."""
+        sae, a = random_sae("jumprelu", bandwidth=0.2, l0=0.5), torch.from_numpy(data(20))
+        pre, t, width = sae.pre_activations(a).detach(), sae.log_threshold.exp().detach(), 0.2
+        on, near = (pre > t).float(), ((pre - t).abs() < width / 2).float()
+        loss, u, rest = sae.loss(a, torch.zeros(12, dtype=torch.bool), warm=0.3)
+        torch.testing.assert_close(u, pre * on)
+        scale, count = (a - a.mean(0)).pow(2).mean(), on.sum(1).mean()
+        expected = rest.pow(2).mean() / scale + 0.3 * 0.5 * (count / 3 - 1) ** 2
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        loss.backward()
+        du = -2 * rest.detach() @ sae.W_d.detach().T / (a.numel() * scale)
+        d_count = 0.3 * 0.5 * 2 * (count / 3 - 1) / 3
+        d_threshold = (near * (-t / width * du - d_count / width / len(a))).sum(0)
+        assert near.any(0).sum() > 6
+        torch.testing.assert_close(sae.log_threshold.grad, d_threshold * t, rtol=1e-4, atol=1e-7)
+
+    @pytest.mark.parametrize("sae", ["batchtopk", "matryoshka"])
+    def test_calibration_sets_the_mean_number(self, sae):
+        model, a = random_sae(sae), data(100)
+        model.calibrate(torch.from_numpy(a), 3)
+        assert model.activations(a).nnz == 300
+        model.calibrate(torch.from_numpy(a), 12)  # all that are positive
+        assert model.activations(a).nnz == (model.pre_activations(torch.from_numpy(a)) > 0).sum()
+
+    def test_the_class_is_that_of_the_configuration(self):
+        for name, kind in ARCHITECTURES.items():
+            assert type(make_sae(SAEConfig(name, n_concepts=40), 3)) is kind
+        with pytest.raises(TypeError, match="make_sae"):
+            SAE(SAEConfig("topk"), 3)
+
     def test_keep_largest(self):
         u = torch.tensor([[5.0, 1, 4], [3, 2, 0]])
         assert keep_largest(u, 2, per_row=True).tolist() == [[5, 0, 0], [3, 0, 0]]  # 2 in 2 rows: one each
@@ -146,6 +189,13 @@ class TestRefusals:
             ({"learning_rate": 0}, "learning_rate must be positive"),
             ({"learning_rate": float("nan")}, "learning_rate must be positive"),
             ({"l1": -1e-5}, "l1"),
+            ({"aux": -1}, "aux"),
+            ({"warmup": 0.7, "decay": 0.4}, "shares of the steps"),
+            ({"precision": "fp8"}, "fp32 or bf16"),
+            ({"prefixes": (0.5, 0.25, 1)}, "rising shares that end with 1"),
+            ({"prefixes": (0.5,)}, "rising shares that end with 1"),
+            ({"prefixes": ()}, "rising shares that end with 1"),
+            ({"bandwidth": 0}, "bandwidth must be positive"),
             ({"sae": "topk", "n_concepts": 8, "k": 9}, "k = 9 active concepts out of n_concepts = 8"),
         ],
     )

@@ -127,6 +127,35 @@ class TestTraining:
         for name, tensor in weights(one).items():
             assert (tensor == weights(other)[name]).all() and (tensor == weights(alone)[name]).all()
 
+    def test_rate_and_penalty_rise_and_the_rate_falls(self, monkeypatch):
+        """Ten epochs of one batch: up over the first two, down over the last five."""
+        seen, loss, step = [], SAE.loss, module.step
+        monkeypatch.setattr(
+            SAE, "loss", lambda self, a, dead, warm=1.0: seen.append([warm]) or loss(self, a, dead, warm)
+        )
+        monkeypatch.setattr(module, "step", lambda s, o: seen[-1].append(o.param_groups[0]["lr"]) or step(s, o))
+        train_sae(data(), **(QUICK | {"batch_size": 100, "epochs": 10, "learning_rate": 1.0}), warmup=0.2, decay=0.5)
+        warm, rate = np.transpose(seen)
+        assert warm == pytest.approx([0.5] + 9 * [1])
+        assert rate == pytest.approx([0.5, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0])
+
+    def test_early_stopping_takes_the_best_epoch(self):
+        """Few cells and many concepts: soon learned by heart. The weights are those after the best epoch."""
+        config = SAEConfig("topk", 64, 10, 1e-2, 200, k=4, patience=5)
+        held_out = data(60, seed=0)[30:]
+        trained = train_sae(data()[:10], config, held_out=held_out, progress=False)
+        history = trained.history
+        best = int(history["held_out_loss"].argmin())
+        assert len(history) == best + 1 + 5 < 200
+        error = (trained.decode_sparse(trained.activations(held_out)) - held_out) ** 2
+        assert error.mean() == pytest.approx(history["held_out_loss"][best], rel=1e-4)
+
+    def test_half_precision_learns_as_well(self):
+        full, half = (train_sae(data(), sae="topk", precision=p, **(QUICK | {"epochs": 60})) for p in ("fp32", "bf16"))
+        ends = [sae.history["variance_explained"].iloc[-1] for sae in (full, half)]
+        assert ends[1] == pytest.approx(ends[0], abs=0.03)
+        assert half.W_d.dtype == torch.float32
+
     def test_leaves_the_embeddings_as_they_are(self):
         a = data()
         train_sae(a, sae="topk", **QUICK)
