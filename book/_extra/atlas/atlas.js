@@ -111,6 +111,7 @@ const scsaeAtlas = (() => {
     scsaeAtlas.list.start(root());
     addEventListener("hashchange", route);
     route();
+    performance.mark("atlas-list");
     new MutationObserver(() => dispatchEvent(new Event("atlas-theme")))
       .observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
   }

@@ -20,7 +20,14 @@ scsaeAtlas.figures = (() => {
     const place = !body || body instanceof Node ? body : el("div", { class: "atlas-plot", role: "img", "aria-label": `${title}. The table below has the numbers.` });
     if (place !== body) {
       let last = 0;
-      const paint = () => { const width = Math.floor(place.clientWidth); if (width && width !== last) { last = width; place.replaceChildren(body(width)); } };
+      const paint = () => {
+        const width = Math.floor(place.clientWidth);
+        if (!width || width === last) return;
+        last = width;
+        const figure = body(width);
+        figure.setAttribute("aria-hidden", "true"); // the frame has a name, the table the numbers
+        place.replaceChildren(figure);
+      };
       ready().then(() => { paint(); new ResizeObserver(paint).observe(place); });
     }
     const numbers = rows && [table(columns, rows, title), el("button", { type: "button", onclick: () => download(file, columns, raw ?? rows) }, "Download CSV")];

@@ -223,5 +223,5 @@ scsaeAtlas.list = (() => {
     if (focus) inputs.q.focus();
   }
 
-  return { start, show, hide: () => { view.hidden = true; }, grade, here, get found() { return found; } };
+  return { start, show, get searchable() { return search !== null; }, hide: () => { view.hidden = true; }, grade, here, get found() { return found; } };
 })();
