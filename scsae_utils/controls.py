@@ -50,14 +50,16 @@ def paper_at(adata: AnnData, config: SAEConfig, key: str = "X_scGPT", factors=(0
     tries = [replace(config, sae="paper", l1=config.l1 * f) for f in factors]
     active = [sae.history["concepts_per_cell"].iloc[-1] for sae in train_saes(adata, tries, key, progress=False)]
     penalties = np.log([each.l1 for each in tries])
-    return replace(tries[0], l1=float(np.exp(np.interp(-np.log(config.k), -np.log(np.maximum(active, 0.1)), penalties))))
+    return replace(
+        tries[0], l1=float(np.exp(np.interp(-np.log(config.k), -np.log(np.maximum(active, 0.1)), penalties)))
+    )
 
 
 def compare_dictionaries(adata: AnnData, config: SAEConfig, min_frequency: float, key: str = "X_scGPT") -> pd.DataFrame:
     """Every architecture with the settings of ``config``, beside what it must beat; scores are of held-out cells.
 
     All aim at ``config.k`` active concepts of a cell: the paper's objective by its penalty (:func:`paper_at`), the
-    linear references by a threshold. NMF is left as it is, because its parts add up and none can be left out.
+    references by a threshold. That of NMF leaves out parts which add up, so that it costs reconstruction.
 
     Returns
     -------
@@ -69,7 +71,7 @@ def compare_dictionaries(adata: AnnData, config: SAEConfig, min_frequency: float
     made = dict(zip(configs, train_saes(adata, list(configs.values()), key, progress=False)))
     train = adata.obsm[key][(adata.obs["split"] == "train").to_numpy()]
     for method in METHODS:
-        baseline = BaselineConfig(method, config.n_concepts, None if method == "nmf" else config.k, config.seed)
+        baseline = BaselineConfig(method, config.n_concepts, config.k, config.seed)
         made[method] = fit_baseline(train, baseline)
     return pd.DataFrame({name: held_out_scores(adata, d, min_frequency, key) for name, d in made.items()}).T
 

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from .sae import Dictionary, load_sae, load_tensors, read_metadata
 
+ICA_VARIANCE = (
+    0.999  # of the training cells; components of the rest are noise, which the whitening of ICA would blow up
+)
 METHODS = ("pca", "ica", "nmf", "raw")
 
 
@@ -30,8 +33,8 @@ class BaselineConfig:
     method
         ``pca``, ``ica``, ``nmf`` (scikit-learn), or ``raw``: the axes of the embedding.
     n_concepts
-        Size c at most; as many as the method can give: two for each of the embedding's d dimensions, and d with
-        ``nmf``.
+        Size c at most; as many as the method can give: two for each of the embedding's d dimensions, fewer with
+        ``ica`` where a few dimensions hold 99.9 % of the variance, and d with ``nmf``.
     k
         Active concepts of a cell, on average over the cells that it is fitted on; None: all that are positive.
     seed
@@ -82,6 +85,8 @@ def fit_baseline(a: np.ndarray, config: BaselineConfig) -> Dictionary:
             encoder = PCA(n, random_state=config.seed).fit(a).components_
             decoder = encoder
         elif config.method == "ica":
+            share = np.cumsum(PCA(n, random_state=config.seed).fit(a).explained_variance_ratio_)
+            n = min(n, int((share < ICA_VARIANCE).sum()) + 1)
             ica = FastICA(n, whiten="unit-variance", random_state=config.seed, max_iter=1000, tol=1e-3).fit(a)
             length = np.linalg.norm(ica.mixing_, axis=0)[:, None]
             encoder, decoder = ica.components_ * length, ica.mixing_.T / length

@@ -145,10 +145,12 @@ class TestCells:
 class TestDictionary:
     def test_training_curves(self, sae):
         fig = plots.training_curves(sae.history)
-        varies = ["concepts per cell"] if sae.history["concepts_per_cell"].nunique() > 1 else []
-        assert [ax.get_ylabel() for ax in fig.axes] == ["loss", "variance explained", *varies]
-        assert all(ax.get_xlabel() == "epoch" for ax in fig.axes)
-        np.testing.assert_array_equal(fig.axes[1].lines[0].get_ydata(), sae.history["variance_explained"])
+        varies = ["concepts of a training cell"] if sae.history["concepts_per_cell"].nunique() > 1 else []
+        assert [ax.get_ylabel() for ax in fig.axes] == ["variance not explained (share)", *varies]
+        assert all(ax.get_xlabel() == "epoch" for ax in fig.axes) and fig.axes[0].get_yscale() == "log"
+        for line, column in zip(fig.axes[0].lines, ["variance_explained", "held_out_variance_explained"], strict=True):
+            np.testing.assert_array_equal(line.get_ydata(), 1 - sae.history[column])
+        assert legend(fig.axes[0]) == ["training cells", "held-out cells"]
 
     def test_concepts_per_cell(self, concepts):
         ax = plots.concepts_per_cell(concepts).axes[0]

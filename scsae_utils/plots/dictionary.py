@@ -12,23 +12,23 @@ from .style import GREY
 
 
 def training_curves(history: pd.DataFrame) -> Figure:
-    """Loss, variance explained and, where it changes, concepts per cell over the epochs.
+    """Variance that is not explained (logarithmic) and, where it changes, concepts per cell over the epochs.
 
-    Of training cells in the course of an epoch; variance explained also of held-out cells after it, if there.
+    Of training cells in the course of an epoch; of held-out cells after it, if there.
     """
-    columns = ["loss", "variance_explained", "concepts_per_cell"]
-    columns = [c for c in columns if len(history) < 2 or history[c].nunique() > 1]
-    fig, axes = plt.subplots(1, len(columns), figsize=(3.7 * len(columns), 3), layout="constrained", squeeze=False)
-    for ax, column in zip(axes[0], columns):
-        ax.plot(history["epoch"], history[column], color="#0072B2", label="training cells")
-        ax.set(xlabel="epoch", ylabel=column.replace("_", " "))
-        if column == "loss":
-            ax.set_yscale("log")
-        elif column == "variance_explained":
-            ax.set_ylim(min(0, history[column].quantile(0.05)), 1.02)
-            if "held_out_variance_explained" in history:
-                ax.plot(history["epoch"], history[f"held_out_{column}"], color="#E69F00", label="held-out cells")
-                ax.legend(frameon=False, loc="lower right")
+    varies = history["concepts_per_cell"].nunique() > 1
+    fig, axes = plt.subplots(1, 1 + varies, figsize=(4.2 * (1 + varies), 3.2), layout="constrained", squeeze=False)
+    for column, color, label in [
+        ("variance_explained", "#0072B2", "training cells"),
+        ("held_out_variance_explained", "#E69F00", "held-out cells"),
+    ]:
+        if column in history:
+            axes[0, 0].plot(history["epoch"], 1 - history[column], color=color, label=label)
+    axes[0, 0].set(xlabel="epoch", ylabel="variance not explained (share)", yscale="log")
+    axes[0, 0].legend(frameon=False)
+    if varies:
+        axes[0, 1].plot(history["epoch"], history["concepts_per_cell"], color="#0072B2")
+        axes[0, 1].set(xlabel="epoch", ylabel="concepts of a training cell")
     return fig
 
 
