@@ -178,7 +178,7 @@ scsaeAtlas.list = (() => {
     const why = result && result.why[i] && !["number", "name"].includes(result.why[i][0]) ? el("span", { class: "atlas-why" }, `${result.why[i][0]}: ${result.why[i][1]}`) : null;
     const kind = index.kinds[c.kind[i]];
     const main = index.mains[c.main[i]];
-    const about = [kind?.[0], scsaeAtlas.title(i).includes(main) ? null : main].filter(Boolean).join(" · ");
+    const about = [kind?.[0].replace("cross-cell-type: ", ""), scsaeAtlas.title(i).includes(main) ? null : main].filter(Boolean).join(" · ");
     const cells = {
       number: el("th", { scope: "row" },
         el("a", { href: address({ concept: c.number[i] }), class: "atlas-name", "data-place": i, onclick: () => { opened = i; } }, el("b", {}, String(c.number[i])), " ", scsaeAtlas.title(i)),
