@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .sae import SAE
 
-DENSEST = 0.2  # share of candidates above which dense products are quicker
-SMALLEST = 2**16  # entries of W_e below which they are, too
+DENSEST = 0.2  # share of candidates up to which the sparse step is the quicker one, at all sizes that were tried
+SMALLEST = 2**16  # entries of W_e; a smaller dictionary is not worth loading compiled code
 BLOCK = 64  # concepts; each block has its own partial sum, so that no result depends on the number of threads
 TINY = np.finfo(np.float32).tiny
 
