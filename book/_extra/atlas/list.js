@@ -23,7 +23,7 @@ scsaeAtlas.list = (() => {
     const by = inputs.color.value;
     const grades = ["#0072B2", "#56B4E9", "#E69F00", "#999999", "#777777", "#555555"];
     const other = "#999999";
-    if (by === "kind") return [(i) => index.kinds[c.kind[i]]?.[1] ?? other, index.kinds];
+    if (by === "kind") return [(i) => index.kinds[c.kind[i]]?.[1] ?? other, index.kinds.map(([kind, color]) => [short(kind), color])];
     if (by === "grade") return [(i) => grades[c.grade[i]] ?? other, index.grades.map(([grade], k) => [`grade ${grade}`, grades[k]])];
     return [(i) => index.highs[c.high[i]]?.[1] ?? other, index.highs.filter((_, k) => c.high.includes(k))];
   }
@@ -42,7 +42,7 @@ scsaeAtlas.list = (() => {
         .map(([key, [words]]) => el("option", { value: key }, words))),
       color: el("select", { onchange: () => { legend(); map.repaint(); } },
         [["high", "cell type"], ["kind", "kind"], ...(graded() ? [["grade", "grade"]] : [])].map(([value, words]) => el("option", { value }, words))),
-      kind: index.kinds.map(([kind, color]) => choice("kind", kind, kind, color, update)),
+      kind: index.kinds.map(([kind, color]) => choice("kind", kind, short(kind), color, update, kind)),
       grade: index.grades.map(([grade, means]) => choice("grade", grade, grade, null, update, means)),
     };
     inputs.sort.value = "number";
@@ -77,6 +77,8 @@ scsaeAtlas.list = (() => {
       if (inputs.q.value) apply();
     });
   }
+
+  const short = (kind) => kind.replace("cross-cell-type: ", "cross: "); // what cross-cell-type concepts turned out to be
 
   function choice(name, value, words, color, update, title) {
     const input = el("input", { type: "checkbox", name, value, onchange: update });
@@ -178,7 +180,7 @@ scsaeAtlas.list = (() => {
     const why = result && result.why[i] && !["number", "name"].includes(result.why[i][0]) ? el("span", { class: "atlas-why" }, `${result.why[i][0]}: ${result.why[i][1]}`) : null;
     const kind = index.kinds[c.kind[i]];
     const main = index.mains[c.main[i]];
-    const about = [kind?.[0].replace("cross-cell-type: ", ""), scsaeAtlas.title(i).includes(main) ? null : main].filter(Boolean).join(" · ");
+    const about = [kind && short(kind[0]), scsaeAtlas.title(i).includes(main) ? null : main].filter(Boolean).join(" · ");
     const cells = {
       number: el("th", { scope: "row" },
         el("a", { href: address({ concept: c.number[i] }), class: "atlas-name", "data-place": i, onclick: () => { opened = i; } }, el("b", {}, String(c.number[i])), " ", scsaeAtlas.title(i)),
@@ -212,7 +214,7 @@ scsaeAtlas.list = (() => {
     view.hidden = false;
     view.parentElement.querySelector(".atlas-page")?.remove();
     document.title = heading;
-    if (!back || asks.size) {
+    if (!back || [...asks].length) {
       inputs.q.value = asks.get("q") ?? "";
       for (const name of ["kind", "grade"]) inputs[name].forEach(({ input }) => { input.checked = asks.getAll(name).includes(input.value); });
       state.sort = asks.get("sort") in SORTS ? asks.get("sort") : "";
