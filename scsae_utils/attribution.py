@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -263,16 +264,25 @@ class Plan:
         rows = sorted(self.cells)
         return [rows[i : i + SHARD_CELLS] for i in range(0, len(rows), SHARD_CELLS)]
 
+    @cached_property
+    def digest(self) -> str:
+        """Of the cells, their embeddings, the concepts and the dictionary."""
+        digest = hashlib.sha256("".join([*self.adata.obs_names, *self.adata.var_names]).encode())
+        weights = [tensor.cpu().numpy() for _, tensor in sorted(self.sae.state_dict().items())]
+        expression = [self.bins.data, self.bins.indices, self.source.data]
+        for array in (*expression, self.embeddings, self.concepts, *weights):
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()[:16]
+
     def settings(self) -> dict:
         """What the result depends on, to be kept with it."""
-        digest = hashlib.sha256(self.bins.data.tobytes() + self.bins.indices.tobytes() + self.source.data.tobytes())
-        digest.update("".join([*self.adata.obs_names, *self.adata.var_names]).encode())
-        digest.update(np.ascontiguousarray(self.embeddings).tobytes() + self.concepts.tobytes())
-        for name, tensor in sorted(self.sae.state_dict().items()):
-            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-        model = self.adata.uns["scgpt"]["model"]
-        return {**asdict(self.config), "model": model, "n_genes_panel": int((self.ids >= 0).sum()),
-                "n_unmatched": int(self.unmatched), "inputs": digest.hexdigest()[:16]}  # fmt: skip
+        return {
+            **asdict(self.config),
+            "model": self.adata.uns["scgpt"]["model"],
+            "n_genes_panel": int((self.ids >= 0).sum()),
+            "n_unmatched": int(self.unmatched),
+            "inputs": self.digest,
+        }
 
     def finish(self, table: pd.DataFrame, **attrs) -> pd.DataFrame:
         """Rows in order of concepts, prototypes and genes; names for numbers; the attribution."""
