@@ -82,7 +82,7 @@ def index_data(tables: Tables, xy: np.ndarray, cells: np.ndarray, run: str) -> d
         "part": PART,
         "tables": [name for name in [*COLUMNS, "adata"] if getattr(tables, name) is not None],
         "kinds": [[kind, KIND_COLORS_ALL[kind]] for kind in kinds],
-        "grades": [[grade, f"passes {GRADES[grade]} of {len(LINES)} lines or more"] for grade in grades],
+        "grades": [[grade, f"passes {GRADES[grade]} or more of {len(LINES)} lines"] for grade in grades],
         "types": [[t, c] for t, c in low.items()],
         "highs": [[t, c] for t, c in high.items()],
         "mains": mains,

@@ -174,8 +174,9 @@ def nearest(vectors, n: int = 5, block: int = 1000) -> list[list]:
         cosine = unit[start : start + block] @ unit.T
         cosine = cosine.toarray() if sparse.issparse(cosine) else cosine
         cosine[np.arange(len(cosine)), start + np.arange(len(cosine))] = -np.inf
-        top = np.argsort(-cosine, axis=1, kind="stable")[:, :n]
+        top = np.argpartition(-cosine, min(n, cosine.shape[1] - 1), axis=1)[:, :n]
         for row, columns in zip(cosine, top):
+            columns = columns[np.lexsort([columns, -row[columns]])]
             found.append([[int(c), float(f"{row[c]:.3g}")] for c in columns if row[c] > 0])
     return found
 
@@ -235,7 +236,7 @@ def evidence_lines(row: pd.Series) -> list[list[str]]:
         value, low, high, null = (row.get(f"{line}_{c}", np.nan) for c in ("value", "low", "high", "null"))
         text = "" if pd.isna(value) else f"{value:.2g}"
         text += f" ({low:.2g} to {high:.2g})" if text and pd.notna(low) and pd.notna(high) else ""
-        text += f", by chance {null:.2g}" if text and pd.notna(null) else ""
+        text += f", null {null:.2g}" if text and pd.notna(null) else ""
         note = str(row.get(f"{line}_note", "") or "")
         lines.append([line.replace("_", " "), str(row[f"{line}_verdict"]), "; ".join(filter(None, [text, note]))])
     return lines

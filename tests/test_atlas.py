@@ -98,7 +98,7 @@ def test_a_concepts_page(pages, index):
     assert page["scatter"][1:] == [[3.0, 1.0, 0.1, -4.0], [0.4, 0.3, -0.2, 0.005], [1, 0, 2, 3]]
     assert page["words"] == [["antigen", 2, 0.01, "CD79A,LYZ"], [HOSTILE, 1, None, "CD79A,LYZ"]]
     assert page["auroc"] == [0.9, 0.8, 0.95, None]
-    assert page["evidence"][0] == ["stable", "failed", "0.25, by chance 0.1; 1 of 4"]
+    assert page["evidence"][0] == ["stable", "failed", "0.25, null 0.1; 1 of 4"]
     assert page["evidence"][2][:2] == ["not technical", "passed"]
     assert "drivers" not in pages[1] and "words" not in pages[1]
 
