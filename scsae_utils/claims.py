@@ -21,7 +21,7 @@ from .book import ROOT, SECTIONS, load_profile
 # Digits that are names and no results: F1, bfloat16, [](../notebooks/01_embedding.ipynb), Figure 2f, (paper: 304).
 NAMES = "|".join(
     [
-        r"\]\([^)]*\)|`[^`]*`|\(paper:[^)]*\)",
+        r"\]\([^)]*\)|`[^`]*`|\(paper:[^)]*\)|\d+ % interval",
         r"\b(?:Figures?|Figs?\.|Tables?|Eq\.|Sec\.|[Cc]hapters?)\s+\w[\w.]*",
         r"[A-Za-z][\w-]*\d[\w-]*",
     ]
@@ -49,7 +49,8 @@ def typed_numbers(notebook: Path) -> list[str]:
         if cell["cell_type"] == "markdown":
             heading = re.findall(r"^#+ (.*)", source, re.M)
             results = heading[-1] == "What was found" if heading else results
-            fixed = [source.split("**Now you", 1)[0]] if results else []
+            end = source.split("# What was found")[-1]  # all of it, in a cell without the heading
+            fixed = [end.split("**Now you", 1)[0]] if results else []
         else:
             parts = [v for text in sentences(source) for v in getattr(text, "values", [text])]
             fixed = [str(v.value) for v in parts if isinstance(v, ast.Constant)]
