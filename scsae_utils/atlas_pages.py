@@ -213,7 +213,9 @@ def concept_details(tables: Tables, cells: np.ndarray, best: list[np.ndarray], n
             strongest = effects[i].head(n_genes)
             page["drivers"] = listed(strongest, "code attribution error q_value role tag selected")
             page["n_tested"] = len(effects[i])
-            if (both := effects[i].dropna(subset=["log2fc"])).size:
+            compared = effects[i]["log2fc"].notna()
+            if compared.any():
+                both = effects[i][compared]
                 columns = (both["code"].tolist(), *(rounded(both[c], 2) for c in ("log2fc", "attribution")))
                 page["scatter"] = [*columns, both["role"].tolist()]
         for rows_of, name, columns, n in tabled:

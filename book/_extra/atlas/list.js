@@ -13,7 +13,7 @@ scsaeAtlas.list = (() => {
     f1: ["fit to its cell type (F1)", (c, i) => c.f1[i] ?? -1, true],
     drivers: ["genes with an effect", (c, i) => c.drivers[i], true],
   };
-  let index, c, search = null, view, map, inputs, colorOf, rows = ROWS, found = [], opened = null, heading = "";
+  let index, c, bySize, search = null, view, map, inputs, colorOf, rows = ROWS, found = [], opened = null, heading = "";
   let state = { q: "", kind: [], grade: [], sort: "" };
   const has = (name) => index.tables.includes(name);
   const graded = () => index.grades.length > 0;
@@ -31,6 +31,7 @@ scsaeAtlas.list = (() => {
   function start(root) {
     index = scsaeAtlas.index;
     c = index.concepts;
+    bySize = d3.range(c.number.length).sort((a, b) => c.frequency[b] - c.frequency[a]);
     heading = document.title;
     const control = (words, node) => el("label", { class: "atlas-control" }, el("span", {}, words), node);
     const update = () => { rows = ROWS; apply(); };
@@ -139,7 +140,9 @@ scsaeAtlas.list = (() => {
     view.querySelector(".atlas-count").textContent = status;
     suggest();
     table(result, sort);
-    map.draw(found.slice().sort((a, b) => c.frequency[b] - c.frequency[a]));
+    const shown = new Uint8Array(total);
+    for (const i of found) shown[i] = 1;
+    map.draw(bySize.filter((i) => shown[i])); // small ones on top
     const plain = here() === address({ list: "all" }) && !location.hash.includes("=");
     if (here() !== location.hash && !plain) history.replaceState(null, "", here());
   }

@@ -34,8 +34,9 @@ scsaeAtlas.makeSearch = (index, terms) => {
     for (let i = 0; i < n; i++) {
       const value = fit(names[i], word);
       if (value) better(i, (value > 1 ? 40 : 0) + value + (index.concepts.f1[i] ?? 0), ["name", titles[i]]);
-      if (String(index.concepts.number[i]) === word) better(i, 99, ["number", word]);
     }
+    const number = /^\d+$/.test(word) ? index.concepts.number.indexOf(Number(word)) : -1;
+    if (number >= 0) better(number, 99, ["number", word]);
     return { score, why };
   }
 
