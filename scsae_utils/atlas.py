@@ -96,7 +96,8 @@ def search_data(tables: Tables, min_share: float = 0.1) -> dict:
     """Terms of each kind (gene, word, gene set, cell type), and the places of the concepts that have them.
 
     A concept has a cell type, of any level, that makes up ``min_share`` of its active cells; a gene that is a driver
-    or inhibitor; and the words and gene sets of its tables. Where there is an order, the strongest come first.
+    or inhibitor; a gene set with q < 0.05; a word with q < 0.05 or in two of its genes or more. Where there is an
+    order, the strongest come first.
     """
     found: dict[str, dict[str, list[int]]] = {kind: {} for kind in ("gene", "word", "set", "type")}
     for level in LEVELS:
@@ -106,7 +107,8 @@ def search_data(tables: Tables, min_share: float = 0.1) -> dict:
             found["type"].setdefault(str(name), order[: (shares[name] >= min_share).sum()].tolist())
     for kind, name, column in [("word", "words", "word"), ("set", "gene_sets", "set")]:
         for i, rows in tables.of(name).items():
-            for term in rows[column].astype(str):
+            sure = rows["qvalue"] < 0.05
+            for term in rows.loc[sure | (rows["count"] > 1) if kind == "word" else sure, column].astype(str):
                 found[kind].setdefault(term, []).append(i)
     strong = tables.effects[tables.effects["role"].isin([1, 2])]
     found["gene"] = {gene: places.tolist() for gene, places in strong.groupby("gene")["place"]}
