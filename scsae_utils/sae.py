@@ -57,6 +57,10 @@ class SAEConfig:
     patience
         Training stops after so many epochs without a lower loss on held-out cells, and the weights of the best epoch
         are taken. 0: it never stops early.
+    whiten
+        In training, directions of the embedding with variance v are scaled by ``v ** (-whiten / 2)``: 0 leaves them, 1
+        makes all alike, so that concepts of small directions are not lost beside large ones. The trained dictionary
+        is of the embedding as it is. Not for ``topk``, whose choice depends on the scale of concepts.
     precision
         ``fp32``, or ``bf16`` for the matrix products of training (weights and optimiser stay fp32).
     train_decoder
@@ -82,6 +86,7 @@ class SAEConfig:
     warmup: float = 0.0
     decay: float = 0.0
     patience: int = 0
+    whiten: float = 0.0
     precision: str = "fp32"
     train_decoder: bool = True
     order_seed: int = 0
@@ -102,6 +107,8 @@ class SAEConfig:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup and decay are shares of the steps: {self.warmup} + {self.decay} is more than 1")
+        if not 0 <= self.whiten <= 1 or (self.whiten and self.sae == "topk"):
+            raise ValueError(f"whiten must be from 0 to 1, and 0 with topk, not {self.whiten} with {self.sae}")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be fp32 or bf16, not {self.precision!r}")
         if self.sae != "paper" and self.k > self.n_concepts:
@@ -125,8 +132,8 @@ class Dictionary(nn.Module):
     ----------
     W_e (d, c), b_e (c,), W_d (c, d), b_d (d,)
         As in the paper.
-    threshold
-        Activations at or below it are zero.
+    threshold (c,)
+        Activations of a concept at or below it are zero.
     vectors
         (c, d) array of the concept vectors, the rows of W_d.
     history
@@ -140,7 +147,7 @@ class Dictionary(nn.Module):
         self.W_e = nn.Parameter(torch.zeros(config.n_concepts, dim).T)  # a concept's weights lie together
         self.b_e = nn.Parameter(torch.zeros(config.n_concepts))
         self.b_d = nn.Parameter(torch.zeros(dim))
-        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("threshold", torch.zeros(config.n_concepts))
         self.history = pd.DataFrame()
 
     @property
@@ -175,11 +182,26 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, a: Tensor, k: int) -> None:
-        """Set the threshold so that the cells a (n, d) have ``k`` active concepts on average."""
+        """Set one threshold for all so that the cells a (n, d) have ``k`` active concepts on average."""
         u = self.pre_activations(a).flatten()
         self.threshold.zero_()
         if k * len(a) < len(u):
-            self.threshold.copy_(u.topk(k * len(a) + 1).values[-1])
+            self.threshold.fill_(u.topk(k * len(a) + 1).values[-1])
+
+    @torch.no_grad()
+    def map_back(self, M: Tensor) -> None:
+        """From a dictionary of ``a @ M`` to that of a: the same activations but for a factor, the same reconstructions.
+
+        Concept vectors get unit norm again; their former length goes to the activations.
+        """
+        back = torch.linalg.inv(M)
+        vectors = self.W_d @ back
+        length = vectors.norm(dim=1)
+        self.W_d.copy_(vectors / length[:, None])
+        self.W_e.copy_(M @ self.W_e * length)
+        self.b_d.copy_(self.b_d @ back)
+        for each in (self.b_e, self.threshold):
+            each.mul_(length)
 
 
 class SAE(Dictionary):
@@ -283,6 +305,12 @@ class JumpReLU(SAE):
     def encode(self, a: Tensor) -> Tensor:
         u = self.pre_activations(a)
         return u * (u > self.log_threshold.exp())
+
+    @torch.no_grad()
+    def map_back(self, M: Tensor) -> None:
+        length = (self.W_d @ torch.linalg.inv(M)).norm(dim=1)
+        super().map_back(M)
+        self.log_threshold.add_(length.log())
 
     def loss(self, a: Tensor, dead: Tensor, warm: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """``MSE(a, a') / Var(a) + warm * l0 * (L0 / k - 1)^2`` and the revival of dead concepts; see :meth:`SAE.loss`.

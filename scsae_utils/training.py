@@ -115,9 +115,14 @@ class Trainee:
     sae: SAE
     optimizer: torch.optim.Optimizer
     silent: Tensor  # epochs since a concept was last active
+    map: Tensor | None = None  # (d, d) of whitening: the dictionary in training is of a @ map
     history: list[dict] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)  # weights of the best epoch, with patience
     best_epoch: int = 0
+
+    def view(self, a: Tensor) -> Tensor:
+        """Embeddings a (n, d) as this dictionary is trained on them."""
+        return a if self.map is None else a @ self.map
 
     @property
     def done(self) -> bool:
@@ -184,7 +189,7 @@ def train_saes(
     -------
     SAEs in evaluation mode. ``history`` has one row an epoch: epoch, loss, variance_explained, concepts_per_cell (of
     training cells, in the course of the epoch), and where cells are held out held_out_loss (MSE) and
-    held_out_variance_explained (after the epoch).
+    held_out_variance_explained (after the epoch). With ``whiten`` they are of the whitened embeddings.
 
     Raises
     ------
@@ -201,7 +206,7 @@ def train_saes(
 
     torch.set_flush_denormal(True)  # the optimiser's moments of silent concepts would slow every step tenfold
     median = geometric_median(sample)
-    trainees = [start(config, median) for config in configs]
+    trainees = [start(config, median, sample) for config in configs]
     if checkpoint is not None and Path(checkpoint).is_file():
         load_checkpoint(checkpoint, trainees, digest)
     first, n_epochs = max(len(t.history) for t in trainees), max(c.epochs for c in configs)
@@ -257,13 +262,25 @@ def one_pass(configs: Sequence[SAEConfig], held_out: Rows | None) -> tuple[int, 
     return shared.pop()
 
 
-def start(config: SAEConfig, median: Tensor) -> Trainee:
+def start(config: SAEConfig, median: Tensor, sample: Tensor) -> Trainee:
     """An untrained dictionary whose ``b_d`` is the geometric median of the embeddings, on the device of that."""
+    map = whitening(sample, config.whiten) if config.whiten else None
     sae = make_sae(config, len(median)).to(median.device)
     with torch.no_grad():
-        sae.b_d.copy_(median)
+        sae.b_d.copy_(median if map is None else median @ map)
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, fused=True)
-    return Trainee(sae, optimizer, torch.zeros(config.n_concepts, device=median.device))
+    return Trainee(sae, optimizer, torch.zeros(config.n_concepts, device=median.device), map)
+
+
+def whitening(a: Tensor, power: float, floor: float = 1e-4) -> Tensor:
+    """Symmetric map (d, d) that scales directions of variance v by ``v ** (-power / 2)``, keeping the total variance.
+
+    Variances, of the cells a (n, d), below ``floor`` times the largest count as that.
+    """
+    variance, directions = torch.linalg.eigh(torch.cov(a.double().T))
+    scale = variance.clamp_min(floor * variance.max()) ** (-power / 2)
+    scale *= (variance.sum() / (variance * scale**2).sum()).sqrt()
+    return (directions * scale @ directions.T).to(a.dtype)
 
 
 def train_epoch(trainees: list[Trainee], batches: Iterator[Tensor], n: int, total: float, device: str) -> None:
@@ -280,7 +297,7 @@ def train_epoch(trainees: list[Trainee], batches: Iterator[Tensor], n: int, tota
             warm = min(1.0, done / config.warmup) if config.warmup else 1.0
             cool = min(1.0, (1 - done) / config.decay) if config.decay else 1.0
             trainee.optimizer.param_groups[0]["lr"] = config.learning_rate * warm * cool
-            result = training_step(trainee.sae, trainee.optimizer, a, dead[i], warm)
+            result = training_step(trainee.sae, trainee.optimizer, trainee.view(a), dead[i], warm)
             sums[i] += result.loss * len(a), result.squared_error, result.n_active
             fired[i] |= result.fired
     for trainee, each, (loss, error, active) in zip(trainees, fired, sums):
@@ -303,7 +320,7 @@ def step(sae: SAE, optimizer: torch.optim.Optimizer) -> None:
 @torch.no_grad()
 def watch(trainee: Trainee, a: Tensor) -> None:
     """The loss on held-out cells a (m, d), into the history; with patience, the best weights are put aside."""
-    sae, row = trainee.sae, trainee.history[-1]
+    sae, row, a = trainee.sae, trainee.history[-1], trainee.view(a)
     rest = sae.loss(a, torch.zeros_like(trainee.silent, dtype=torch.bool))[2]
     row["held_out_loss"] = rest.pow(2).mean().item()
     variance = (a - a.mean(0)).pow(2).mean().item() or math.nan
@@ -319,7 +336,9 @@ def finish(trainee: Trainee, sample: Tensor) -> None:
     sae = trainee.sae
     sae.load_state_dict(trainee.best or sae.state_dict())
     if isinstance(sae, BatchTopK):
-        sae.calibrate(sample, sae.config.k)
+        sae.calibrate(trainee.view(sample), sae.config.k)
+    if trainee.map is not None:
+        sae.map_back(trainee.map)
     sae.history = pd.DataFrame(trainee.history)
     sae.cpu().eval().requires_grad_(False)
 

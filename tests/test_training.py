@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 
 import h5py
 import numpy as np
@@ -15,7 +16,7 @@ from anndata import AnnData
 from safetensors.torch import load_file
 
 from scsae_utils import training as module
-from scsae_utils.sae import ARCHITECTURES, SAE, SAEConfig, make_sae, read_metadata, write_tensors
+from scsae_utils.sae import ARCHITECTURES, SAE, Dictionary, SAEConfig, make_sae, read_metadata, write_tensors
 from scsae_utils.training import geometric_median, train_sae, train_saes
 
 QUICK = {"n_concepts": 12, "k": 3, "learning_rate": 3e-3, "batch_size": 32, "epochs": 6, "progress": False}
@@ -150,6 +151,30 @@ class TestTraining:
         error = (trained.decode_sparse(trained.activations(held_out)) - held_out) ** 2
         assert error.mean() == pytest.approx(history["held_out_loss"][best], rel=1e-4)
 
+    @pytest.mark.parametrize("sae", [name for name in ARCHITECTURES if name != "topk"])
+    def test_whitening_is_undone_in_the_end(self, sae, monkeypatch):
+        """The dictionary before it is mapped back reads whitened cells as the one after it reads cells."""
+        before, a = [], torch.from_numpy(data())
+        back = Dictionary.map_back
+        monkeypatch.setattr(Dictionary, "map_back", lambda d, M: (before.extend([deepcopy(d), M]), back(d, M)))
+        trained = train_sae(a.numpy(), sae=sae, whiten=0.5, **(QUICK | {"epochs": 40}))
+        whitened, M = before
+        with torch.no_grad():
+            u, v = whitened.encode(a @ M), trained.encode(a)
+            assert torch.equal(u > 0, v > 0)
+            torch.testing.assert_close(whitened.decode(u), trained.decode(v) @ M, atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(np.linalg.norm(trained.vectors, axis=1), 1, rtol=1e-5)
+        if sae == "batchtopk":
+            assert trained.activations(data()).nnz == 300
+
+    def test_whitening_by_hand(self):
+        """Variances 4 and 1 with whiten = 1: both become 2.5, the total stays 5. A floor of a half leaves 2 of 4."""
+        a = torch.tensor([[2.0, 1], [2, -1], [-2, 1], [-2, -1]]) * (3 / 4) ** 0.5
+        torch.testing.assert_close(torch.cov((a @ module.whitening(a, 1)).T), 2.5 * torch.eye(2))
+        torch.testing.assert_close(module.whitening(a, 0), torch.eye(2))
+        half = torch.cov((a @ module.whitening(a, 1, floor=0.5)).T).diagonal()
+        torch.testing.assert_close(half, torch.tensor([5 * 2 / 3, 5 / 3]))
+
     def test_half_precision_learns_as_well(self):
         full, half = (train_sae(data(), sae="topk", precision=p, **(QUICK | {"epochs": 60})) for p in ("fp32", "bf16"))
         ends = [sae.history["variance_explained"].iloc[-1] for sae in (full, half)]
@@ -188,7 +213,11 @@ class TestStoppingAndGoingOn:
     @pytest.mark.parametrize("sae", ARCHITECTURES)
     def test_result_is_the_same_bit_for_bit(self, sae, checkpoint, stop):
         settings = QUICK | {"n_concepts": 60, "k": 1, "dead_epochs": 3}  # many are dead at the stop
-        progress, config = settings.pop("progress"), SAEConfig(sae, **settings, warmup=0.2, decay=0.5)
+        settings |= {"warmup": 0.2, "decay": 0.5, "whiten": 0.0 if sae == "topk" else 0.3}
+        progress, config = (
+            settings.pop("progress"),
+            SAEConfig(sae, **settings),
+        )
         whole = train_sae(data(), config, progress=progress)
         steps = stop(before=15)  # in the middle of the fourth epoch of four batches
         with pytest.raises(KeyboardInterrupt):
