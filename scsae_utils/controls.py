@@ -47,7 +47,7 @@ def paper_at(adata: AnnData, config: SAEConfig, key: str = "X_scGPT", factors=(0
 
     Between penalties of ``factors`` times ``config.l1``, the number is taken as a power of the penalty.
     """
-    tries = [replace(config, sae="paper", l1=config.l1 * f) for f in factors]
+    tries = [replace(config, sae="paper", whiten=0.0, l1=config.l1 * f) for f in factors]
     active = [sae.history["concepts_per_cell"].iloc[-1] for sae in train_saes(adata, tries, key, progress=False)]
     penalties = np.log([each.l1 for each in tries])
     return replace(
@@ -56,7 +56,7 @@ def paper_at(adata: AnnData, config: SAEConfig, key: str = "X_scGPT", factors=(0
 
 
 def compare_dictionaries(adata: AnnData, config: SAEConfig, min_frequency: float, key: str = "X_scGPT") -> pd.DataFrame:
-    """Every architecture with the settings of ``config``, beside what it must beat; scores are of held-out cells.
+    """Every architecture with the settings of ``config`` (``whiten`` not for paper and topk), beside what it must beat; scores are of held-out cells.
 
     All aim at ``config.k`` active concepts of a cell: the paper's objective by its penalty (:func:`paper_at`), the
     references by a threshold. That of NMF leaves out parts which add up, so that it costs reconstruction.
@@ -66,8 +66,11 @@ def compare_dictionaries(adata: AnnData, config: SAEConfig, min_frequency: float
     One row for each architecture, then ``random dictionary`` (``train_decoder=False``), ``pca``, ``ica``, ``nmf``,
     ``raw``; columns as :func:`held_out_scores`.
     """
-    configs = {name: replace(config, sae=name) for name in ARCHITECTURES} | {"paper": paper_at(adata, config, key)}
-    configs["random dictionary"] = replace(config, sae="batchtopk", train_decoder=False)
+    configs = {
+        name: replace(config, whiten=0.0 if name == "topk" else config.whiten, sae=name) for name in ARCHITECTURES
+    }
+    configs["paper"] = paper_at(adata, config, key)
+    configs["random dictionary"] = replace(config, sae="batchtopk", whiten=0.0, train_decoder=False)
     made = dict(zip(configs, train_saes(adata, list(configs.values()), key, progress=False)))
     train = adata.obsm[key][(adata.obs["split"] == "train").to_numpy()]
     for method in METHODS:
