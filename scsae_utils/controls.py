@@ -56,7 +56,9 @@ def paper_at(adata: AnnData, config: SAEConfig, key: str = "X_scGPT", factors=(0
 
 
 def compare_dictionaries(adata: AnnData, config: SAEConfig, min_frequency: float, key: str = "X_scGPT") -> pd.DataFrame:
-    """Every architecture with the settings of ``config`` (``whiten`` not for paper and topk), beside what it must beat; scores are of held-out cells.
+    """Every architecture beside what it must beat; scores are of held-out cells.
+
+    Settings are those of ``config``, but that the paper's objective, TopK and the random dictionary are not whitened.
 
     All aim at ``config.k`` active concepts of a cell: the paper's objective by its penalty (:func:`paper_at`), the
     references by a threshold. That of NMF leaves out parts which add up, so that it costs reconstruction.
