@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 PEERS = ROOT / ".venv-peers" / "scgpt"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-N_CELLS, ROUNDS, WARM_UP = 128, 3, 4
+N_CELLS, ROUNDS, WARM_UP = 64, 2, 4
 ONCE = ["float16"]  # slow on most CPUs: for the record
 
 
