@@ -19,6 +19,7 @@ from .compat import draw_like_embed_data
 from .encoder import CellEncoder
 
 BATCH_TOKENS = 8192  # larger batches are slower on a CPU: each layer's new memory has to be paged in
+PADDED_TOKENS = 4096  # of a batch of cells that differ in length: the smaller it is, the less padding is computed
 BLOCK_CELLS = 4096  # cells that are read, embedded and kept at a time
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -142,7 +143,7 @@ def token_table(adata: AnnData, model: CellEncoder, cell: str) -> pd.DataFrame:
 
 
 def embed_tokens(
-    cells, model: CellEncoder, batch_tokens: int = BATCH_TOKENS, progress: bool = False, bar: tqdm | None = None
+    cells, model: CellEncoder, batch_tokens: int = PADDED_TOKENS, progress: bool = False, bar: tqdm | None = None
 ) -> np.ndarray:
     """Cell embeddings (n_cells, d) of token sequences, in batches of cells of similar length.
 
@@ -222,7 +223,7 @@ def embed(
     compat: str | None = None,
     workers: int = 1,
     out: str | Path | None = None,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int = PADDED_TOKENS,
     progress: bool = True,
 ) -> AnnData:
     """Embed every cell.

@@ -129,7 +129,7 @@ class ValueEncoder(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         x = values.unsqueeze(-1).clamp(max=512).to(self.linear1.weight.dtype)
-        return self.norm(self.linear2(F.relu(self.linear1(x))))
+        return self.norm(self.linear2(self.linear1(x).relu_()))
 
 
 class SelfAttention(nn.Module):
@@ -174,9 +174,9 @@ class Layer(nn.Module):
         if self.pre_norm:  # as in scGPT, the residual starts from the normalised input
             x = self.norm1(x)
         y = self.self_attn(x, keep, only_cls)
-        x = (x[:, :1] if only_cls else x) + y
+        x = y.add_(x[:, :1] if only_cls else x)  # in place: new memory costs as much as the sum
         x = self.norm2(x) if self.pre_norm else self.norm1(x)
-        x = x + self.linear2(F.relu(self.linear1(x)))
+        x = self.linear2(self.linear1(x).relu_()).add_(x)
         return x if self.pre_norm else self.norm2(x)
 
 
