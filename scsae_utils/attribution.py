@@ -26,7 +26,7 @@ from scipy import sparse
 from scipy.spatial.distance import cdist
 from tqdm.auto import tqdm
 
-from .embedding import BATCH_TOKENS, cell_tokens, token_ids
+from .embedding import BATCH_TOKENS, cell_tokens, embed_tokens, token_ids
 from .encoder import CellEncoder
 from .occlusion import insert, occlude, rebinned
 from .sae import Dictionary
@@ -198,8 +198,25 @@ class Plan:
                 "the nearest of all silent cells stand in",
                 stacklevel=3,
             )
+        if adata.uns["scgpt"].get("precision", "float32") != "float32":
+            self.embed_again()
         pooled = config.counterfactual_mean == "pooled"
         self.pooled = [self.mean_of(np.unique(np.concatenate(o))) for o in self.counterfactuals] if pooled else None
+
+    def embed_again(self) -> None:
+        """Activations of the prototypes in single precision, so that rounding is not taken for an effect of genes.
+
+        A cell in which a concept then is silent is no prototype of it any more.
+        """
+        rows = sorted(self.cells)
+        X = embed_tokens(cell_tokens(self.bins[rows], self.ids, self.model), self.model)
+        exact = self.sae.activations(X)[:, self.concepts].toarray()
+        activations = self.activations.tolil()
+        activations[rows] = exact
+        self.activations = activations.tocsc()
+        for row, u in zip(rows, exact):
+            self.cells[row] = [(c, place) for c, place in self.cells[row] if u[c] > 0]
+        self.cells = {row: uses for row, uses in self.cells.items() if uses}
 
     def mean_of(self, rows: np.ndarray) -> np.ndarray:
         """(n_genes,) mean bin, or log value if re-binned."""

@@ -301,6 +301,18 @@ class TestAttribute:
             np.testing.assert_allclose(part["counterfactual"], means[part["gene"]], rtol=1e-5)
         assert table.attrs["n_unmatched"] == 0
 
+    def test_rounding_of_embeddings_is_no_effect_of_genes(self, fed, model, relu_sae):
+        """Cells that were embedded in half precision have the attributions of single precision."""
+        half = embed(fed.copy(), model, precision="bfloat16", progress=False)
+        rounded = attribute(half, model, relu_sae, 1, n_prototypes=3, progress=False).set_index(["cell", "gene"])
+        exact = attribute(fed, model, relu_sae, 1, n_prototypes=8, progress=False).set_index(["cell", "gene"])
+        both = rounded.join(exact, how="inner", rsuffix="_exact")
+        assert len(both) > 20
+        np.testing.assert_allclose(both["activation"], both["activation_exact"], rtol=1e-4)
+        U = relu_sae.activations(half.obsm["X_scGPT"]).toarray()[:, 1]
+        rows = half.obs_names.get_indexer(both.index.get_level_values("cell"))
+        assert abs(U[rows] - both["activation_exact"]).max() > 1e-3  # which would have been taken for an effect
+
     def test_prototypes_without_a_match_are_counted(self, fed, model, relu_sae):
         alone = fed.copy()
         alone.obs["cell"] = alone.obs_names
