@@ -174,7 +174,13 @@ def benchmark_table(path: Path) -> str:
     result = json.loads(path.read_text())
 
     def shown(value) -> str:
-        return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+        if isinstance(value, dict):
+            return ", ".join(f"{name}: {shown(each)}" for name, each in value.items()) or "none"
+        if isinstance(value, list):
+            return ", ".join(map(shown, value))
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return str(value)
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
     columns = list(dict.fromkeys(key for row in result["rows"] for key in row))
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
