@@ -180,7 +180,7 @@ def benchmark_table(path: Path) -> str:
             return ", ".join(map(shown, value))
         if isinstance(value, bool) or not isinstance(value, int | float):
             return str(value)
-        return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
     columns = list(dict.fromkeys(key for row in result["rows"] for key in row))
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
