@@ -157,7 +157,8 @@ def claims_page(path: Path) -> str:
     for chapter in dict.fromkeys(claim["chapter"] for claim in known["claims"]):
         lines += ["", f"## [](../notebooks/{chapter}.ipynb)"]
         for claim in (c for c in known["claims"] if c["chapter"] == chapter):
-            lines += ["", *(f"> {line}" for line in claim["text"].splitlines()), ""]
+            text = re.sub(r"\]\((?=\w+\.ipynb)", "](../notebooks/", claim["text"])  # the page lies in another folder
+            lines += ["", *(f"> {line}" for line in text.splitlines()), ""]
             shown = "; ".join(f"{code(e)} = {plain(v)}" for e, v in claim["values"])
             lines += ["```{dropdown} computed by", ":class-container: computed", "", shown, "```"]
     return "\n".join(lines) + "\n"
