@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from scsae_utils import book as builder
 from scsae_utils.book import ROOT, SECTIONS
@@ -68,18 +69,17 @@ def test_nothing_is_done_twice(run):
 
 
 def test_a_changed_parameter_reruns_what_depends_on_it_and_no_more(run, tmp_path):
-    def after(old, new):
-        (tmp_path / "tiny.yaml").write_text((ROOT / PROFILE).read_text().replace(old, new))
+    def after(section, name, value):
+        profile = yaml.safe_load((ROOT / PROFILE).read_text())
+        profile[section][name] = value
+        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(profile, sort_keys=False))
         return jobs(snakemake("book", "--dry-run", profile=tmp_path / "tiny.yaml")) - {"concept_page"}
 
-    assert after("n_random: 2", "n_random: 3") == {"case_study", "book"}
-    assert after("  threshold: 0.8", "  threshold: 0.7") == {
-        "concept_taxonomy",
-        "case_study",
-        "myeloid_concepts",
-        "book",
-    }
-    assert after("held_out: 0.2", "held_out: 0.3") == {*SECTIONS.values(), "book"}
+    first, embedding, sae, *later = SECTIONS.values()
+    assert after("case_study", "n_random", 3) == {"case_study", "book"}
+    assert after("concept_taxonomy", "threshold", 0.7) == {*later, "book"}
+    assert after("embedding", "held_out", 0.3) == {embedding, sae, *later, "book"}
+    assert after(first, "threshold", 0.7) == {first, "book"}
 
 
 def test_every_notebook_ran_without_error(run):
