@@ -19,6 +19,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from .embedding import quick_type
 from .sae import SAE
 
 DENSEST = 0.2  # share of candidates up to which the sparse step is the quicker one, at all sizes that were tried
@@ -109,12 +110,6 @@ def sparse_step(
     optimizer.step()  # b_d's: the others have no gradient
     loss = squared.sum() / (n * d) + penalty * l1.sum()
     return Step(float(loss), float(squared.sum()), torch.from_numpy(n_active > 0), int(n_active.sum()))
-
-
-def quick_type() -> torch.dtype:
-    """bf16 where the processor multiplies it (AVX-512 BF16, AMX; elsewhere it is emulated), else fp32."""
-    able = torch.cpu.get_capabilities()
-    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
 def rough_product(sae: SAE, x: Tensor, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
