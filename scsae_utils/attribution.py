@@ -30,7 +30,7 @@ from .embedding import BATCH_TOKENS, cell_tokens, embed_tokens, token_ids
 from .encoder import CellEncoder
 from .occlusion import insert, occlude, rebinned
 from .sae import Dictionary
-from .shards import Shards
+from .shards import Part, Shards
 
 SHARD_CELLS = 16  # prototype cells whose work is kept together
 
@@ -322,8 +322,9 @@ def attribute(
     folder: str | Path | None = None,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
+    part: Part | None = None,
     **settings,
-) -> pd.DataFrame:
+) -> pd.DataFrame | None:
     """Attribution of every gene to concepts, in every prototype, exactly (Eq. 1).
 
     For many concepts see :func:`scsae_utils.screening.attribute_all`.
@@ -338,6 +339,8 @@ def attribute(
         Or its fields as keywords: ``attribute(adata, model, sae, 17, n_prototypes=30)``.
     folder
         Keep the work there, a file for each ``SHARD_CELLS`` prototype cells; a stopped computation goes on from it.
+    part
+        Do only this part of the work in ``folder``, and return None; a call without it then collects them all.
 
     Returns
     -------
@@ -353,10 +356,10 @@ def attribute(
         the folder holds work of other settings.
     """
     plan = make_plan(adata, model, sae, concepts, config, key, settings)
-    shards = Shards(folder, {"method": "exact", **plan.settings()})
+    shards = Shards(folder, {"method": "exact", **plan.settings()}, part)
     total = sum(len(plan.tokens(row)[2]) * len(uses) for row, uses in plan.cells.items())
     with tqdm(total=total, desc="occluding genes", unit="gene", disable=not progress) as bar:
-        for i, rows in enumerate(plan.shards()):
+        for i, rows in shards.mine("exact", enumerate(plan.shards())):
 
             def compute(rows=rows) -> pd.DataFrame:
                 parts, passes = [], 0
@@ -373,7 +376,9 @@ def attribute(
             known, table = shards.get(f"exact-{i:05d}", compute)
             if known:
                 bar.update(int((table["change"] != "insert").sum()))
-    tables = shards.tables("exact-")
+    if part is not None:
+        return None
+    tables = shards.tables("exact-", len(plan.shards()))
     return plan.finish(pd.concat(tables), n_passes=sum(t.attrs["n_passes"] for t in tables))
 
 

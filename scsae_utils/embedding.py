@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from .compat import draw_like_embed_data
 from .encoder import CellEncoder
+from .shards import Part, Shards, named_folder
 
 BATCH_TOKENS = 8192  # larger batches are slower on a CPU: each layer's new memory has to be paged in
 PADDED_TOKENS = 4096  # of a batch of cells that differ in length: the smaller it is, the less padding is computed
@@ -229,6 +230,9 @@ def embed(
     workers: int = 1,
     out: str | Path | None = None,
     batch_tokens: int = PADDED_TOKENS,
+    block_cells: int | None = None,
+    folder: str | Path | None = None,
+    part: Part | None = None,
     progress: bool = True,
 ) -> AnnData:
     """Embed every cell.
@@ -237,7 +241,7 @@ def embed(
     ----------
     adata
         Cells, as from :func:`scsae_utils.load_cells`; changed in place. Counts or log values: the bins are the same.
-        Cells of a file that was opened with ``backed="r"`` are read in blocks of ``BLOCK_CELLS``.
+        Cells of a file that was opened with ``backed="r"`` are read in blocks of ``block_cells``.
     model
         From :func:`scsae_utils.load_model`, or another :class:`~scsae_utils.encoder.CellEncoder`.
     ties, seed
@@ -253,6 +257,14 @@ def embed(
         stay on disk (memory-mapped), so that memory does not grow with the number of cells.
     batch_tokens
         Most tokens in one batch; sets speed and memory, not the result.
+    block_cells
+        Cells that are read, embedded and kept at a time; ``BLOCK_CELLS`` by default.
+    folder
+        Keep each block's embeddings below it, as :func:`scsae_utils.attribute` does its work; each model, setting and
+        set of cells has a folder of its own there.
+    part
+        Do only this part of the blocks in ``folder``, and leave ``adata`` as it is; a call without it then collects
+        them all.
 
     Returns
     -------
@@ -267,6 +279,8 @@ def embed(
         See :func:`bin_cells` and :func:`at_precision`; also if fewer than 10 genes are in the model's vocabulary, or
         ``out`` holds the embeddings of other cells or settings. All cells are checked before the first is embedded.
     """
+    if part is not None and (folder is None or out is not None):
+        raise ValueError("a part of the blocks needs a folder that the other parts share, and cannot fill out")
     if compat not in (None, "embed_data") or (compat and (adata.isbacked or ties != "expected")):
         raise ValueError(
             "compat must be None or 'embed_data'; the latter draws its own ties, and needs the cells in memory "
@@ -279,7 +293,8 @@ def embed(
             f"var_names must be gene symbols (first three: {', '.join(adata.var_names[:3])})"
         )
     fast = at_precision(model, precision, device)
-    blocks = [slice(i, min(i + BLOCK_CELLS, adata.n_obs)) for i in range(0, adata.n_obs, BLOCK_CELLS)]
+    block_cells = block_cells or BLOCK_CELLS
+    blocks = [slice(i, min(i + block_cells, adata.n_obs)) for i in range(0, adata.n_obs, block_cells)]
     lengths, total = check_cells(adata, ids, blocks)
     settings = {
         "name": model.name,
@@ -293,25 +308,32 @@ def embed(
         "n_genes_known": int((ids >= 0).sum()),
         "n_truncated": int((lengths >= model.max_tokens).sum()),
     }
+    names = hashlib.sha256("\n".join([*adata.obs_names, "", *adata.var_names]).encode()).hexdigest()
+    state = {**settings, "batch_tokens": batch_tokens, "block": block_cells, "names": names, "total": total}
+    shards = Shards(named_folder(folder, state), state, part) if folder is not None else None
     X, done = None, 0
     if out is None:
         X = np.empty((adata.n_obs, model.dim), np.float32)
     else:
-        names = hashlib.sha256("\n".join([*adata.obs_names, "", *adata.var_names]).encode()).hexdigest()
-        state = {**settings, "batch_tokens": batch_tokens, "block": BLOCK_CELLS, "names": names, "total": total}
         done = open_store(Path(out), (adata.n_obs, model.dim), state)
     drawn = draw_like_embed_data(adata, model, seed, workers) if compat else None
     fed = []
     with tqdm(
-        total=adata.n_obs, initial=min(done * BLOCK_CELLS, adata.n_obs), desc="embedding cells", unit="cell",
+        total=adata.n_obs, initial=min(done * block_cells, adata.n_obs), desc="embedding cells", unit="cell",
         disable=not progress,
     ) as bar:  # fmt: skip
-        for i, rows in enumerate(blocks):
+        for i, rows in enumerate(blocks) if shards is None else shards.mine("block", enumerate(blocks)):
             if i < done and adata.isbacked:
                 continue
             bins = drawn[rows] if compat else bin_cells(adata, model, ties, seed, rows)
             if i >= done:
-                block = embed_tokens(cell_tokens(bins, ids, model), fast, batch_tokens, bar=bar)
+
+                def compute(bins=bins) -> pd.DataFrame:
+                    return pd.DataFrame(embed_tokens(cell_tokens(bins, ids, model), fast, batch_tokens, bar=bar))
+
+                known, table = (False, compute()) if shards is None else shards.get(f"block-{i:05d}", compute)
+                block = table.to_numpy()
+                bar.update(len(block) if known else 0)
                 if out is None:
                     X[rows] = block
                 else:
@@ -319,6 +341,8 @@ def embed(
                     write_state(Path(out), state, i + 1)
             if not adata.isbacked:
                 fed.append(bins)
+    if part is not None:
+        return adata
     if out is not None:
         X = close_store(Path(out))
     if fed:

@@ -33,7 +33,7 @@ from .embedding import BATCH_TOKENS
 from .encoder import CellEncoder
 from .sae import BatchTopK, Dictionary, JumpReLU, TopK
 from .scgpt import ScGPT
-from .shards import Shards
+from .shards import Part, Shards
 from .trajectory import Trajectories
 
 
@@ -86,13 +86,14 @@ def attribute_all(
     folder: str | Path | None = None,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
+    part: Part | None = None,
     **settings,
-) -> pd.DataFrame:
+) -> pd.DataFrame | None:
     """Attribution of every gene to many concepts (Eq. 1), screened or exact.
 
     Parameters
     ----------
-    adata, concepts, config, folder
+    adata, concepts, config, folder, part
         See :func:`scsae_utils.attribution.attribute`.
     method
         ``"screened"``: the module's description; for scGPT, and frozen bins. ``"exact"``: every change.
@@ -114,7 +115,7 @@ def attribute_all(
         screened.
     """
     if method == "exact":
-        return attribute(adata, model, sae, concepts, config, key, folder, batch_tokens, progress, **settings)
+        return attribute(adata, model, sae, concepts, config, key, folder, batch_tokens, progress, part, **settings)
     if method != "screened":
         raise ValueError(f"method must be 'screened' or 'exact', not {method!r}")
     if not isinstance(model, ScGPT):
@@ -125,26 +126,30 @@ def attribute_all(
     if plan.config.binning != "frozen":
         raise ValueError("the screen changes one gene at a time: for binning='rebinned' use method='exact'")
     screening = screening or ScreeningConfig()
-    shards = Shards(folder, {"method": "screened", **asdict(screening), **plan.settings()})
+    shards = Shards(folder, {"method": "screened", **asdict(screening), **plan.settings()}, part)
     total = sum(len(plan.tokens(row)[2]) * len(uses) for row, uses in plan.cells.items())
     near = min(1.0, max(screening.calibration, 200 / total))
 
     with tqdm(total=len(plan.cells), desc="screening cells", unit="cell", disable=not progress) as bar:
-        for i, rows in enumerate(plan.shards()):
+        for i, rows in shards.mine("screen", enumerate(plan.shards())):
             shards.get(f"screen-{i:05d}", lambda rows=rows: screen_cells(plan, rows, screening, near, batch_tokens))
             bar.update(len(rows))
-    parts = shards.tables("screen-")
+    if part is not None and part.stage == "screen":
+        return None
+    parts = shards.tables("screen-", len(plan.shards()))
     n_passes, n_screen = (sum(t.attrs[name] for t in parts) for name in ("n_passes", "n_screen_passes"))
     table = pd.concat(parts, keys=range(len(parts)), names=["shard"]).reset_index("shard").reset_index(drop=True)
     choice = choose_genes(table, screening, plan.adata.n_vars)
 
     todo = table[choice["confirm"] & table["exact"].isna()]
     with tqdm(total=len(todo), desc="occluding candidates", unit="gene", disable=not progress) as bar:
-        for i, part in todo.groupby("shard"):
-            _, done = shards.get(f"confirm-{i:05d}", lambda part=part: confirm(plan, part, batch_tokens))
-            table.loc[part.index, "exact"] = done["exact"].to_numpy()
+        for i, rows in shards.mine("confirm", todo.groupby("shard")):
+            _, done = shards.get(f"confirm-{i:05d}", lambda rows=rows: confirm(plan, rows, batch_tokens))
+            table.loc[rows.index, "exact"] = done["exact"].to_numpy()
             n_passes += done.attrs["n_passes"]
-            bar.update(len(part))
+            bar.update(len(rows))
+    if part is not None:
+        return None
 
     report = audit(table, choice, screening, plan.adata.n_vars)
     known = table["exact"].notna()

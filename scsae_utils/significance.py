@@ -19,8 +19,6 @@ would average its effects away and call almost every gene significant.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +35,7 @@ from .encoder import CellEncoder
 from .expression import differential_expression
 from .redundancy import Change, activations_after, gene_columns, set_losses
 from .sae import Dictionary
+from .shards import named_folder
 
 ROUNDING = 1e-6  # of the activation: smaller differences are those of float32
 
@@ -59,8 +58,7 @@ def work_folder(
     Other settings have another folder, so that work of a changed run is neither mixed nor in the way.
     """
     plan = make_plan(adata, model, sae, concepts, config, "X_scGPT", {})
-    text = json.dumps([plan.settings(), *map(repr, settings)], sort_keys=True)
-    return base / hashlib.sha256(text.encode()).hexdigest()[:12]
+    return named_folder(base, [plan.settings(), *map(repr, settings)])
 
 
 def mean_bins(adata: AnnData, rows: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
