@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +19,6 @@ from pickle import UnpicklingError
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -62,6 +62,23 @@ class ScGPTConfig:
     n_layers_cls: int = 3
     dropout: float = 0.0
 
+    def __post_init__(self):
+        least = {"embsize": 1, "nheads": 1, "d_hid": 1, "nlayers": 1, "n_bins": 2, "max_seq_len": 2, "n_layers_cls": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < low:
+                raise ValueError(f"{name} must be a whole number, at least {low}, not {value!r}")
+        for name in ("mask_value", "pad_value", "dropout"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a number, not {value!r}")
+        if type(self.pre_norm) is not bool or type(self.pad_token) is not str:
+            raise ValueError(
+                f"pre_norm must be true or false and pad_token a symbol, not {self.pre_norm!r} and {self.pad_token!r}"
+            )
+        if self.embsize % self.nheads:
+            raise ValueError(f"embsize {self.embsize} is not divisible by nheads {self.nheads}")
+
     @classmethod
     def from_args(cls, args: dict) -> ScGPTConfig:
         """Read from the contents of ``args.json``; other keys are ignored, missing ones are an error."""
@@ -71,10 +88,7 @@ class ScGPTConfig:
         style = args.get("input_emb_style", "continuous")
         if style != "continuous":
             raise ValueError(f"args.json asks for input_emb_style={style!r}; only 'continuous' models are supported")
-        config = cls(**{key: args[key] for key in cls.__dataclass_fields__ if key in args})
-        if config.embsize % config.nheads:
-            raise ValueError(f"embsize {config.embsize} is not divisible by nheads {config.nheads}")
-        return config
+        return cls(**{key: args[key] for key in cls.__dataclass_fields__ if key in args})
 
 
 def bin_values(values: np.ndarray, n_bins: int = 51, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -207,7 +221,7 @@ class ScGPT(nn.Module):
         for token in (config.pad_token, "<cls>"):
             if token not in vocab:
                 raise ValueError(f"the vocabulary has no {token!r} token")
-        if sorted(vocab.values()) != list(range(len(vocab))):
+        if not all(type(i) is int for i in vocab.values()) or sorted(vocab.values()) != list(range(len(vocab))):
             raise ValueError(f"the ids of the vocabulary are not 0 to {len(vocab) - 1}, each once")
         self.config, self.vocab = config, vocab
         self.name = ""
@@ -308,8 +322,8 @@ def load_model(name_or_folder: str | Path = "scgpt-mini") -> ScGPT:
         If the folder or one of its files is missing.
     ValueError
         If a tensor that the embedding needs is missing or has another shape, or the checkpoint has further ones that
-        an embedding would need (more layers than ``args.json`` says); the message lists them all. Also if the weights
-        cannot be read, or hold more than tensors.
+        an embedding would need (more layers than ``args.json`` says), or a tensor is not of finite floats; the message
+        lists them. Also if a file cannot be read, or the weights are a pickle of more than tensors.
     """
     folder = (
         Path(str(files("scsae_utils") / "data" / name_or_folder)) if name_or_folder in SHIPPED else Path(name_or_folder)
@@ -326,18 +340,16 @@ def load_model(name_or_folder: str | Path = "scgpt-mini") -> ScGPT:
     weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if weights is None:
         raise FileNotFoundError(f"{folder} has no weights: looked for {', '.join(WEIGHT_FILES)}")
-    config = ScGPTConfig.from_args(json.loads((folder / "args.json").read_text()))
-    model = ScGPT(config, json.loads((folder / "vocab.json").read_text()))
+    config, vocab = ScGPTConfig.from_args(read_json(folder / "args.json")), read_json(folder / "vocab.json")
+    tensors = read_weights(weights)
+    layers = {k.split(".")[2] for k in tensors if k.startswith("transformer_encoder.layers.")}
+    if len(layers) < config.nlayers:
+        raise ValueError(f"{weights} has {len(layers)} layers, and args.json says {config.nlayers}")
     try:
-        if weights.suffix == ".safetensors":
-            tensors = load_file(weights)
-        else:
-            tensors = torch.load(weights, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError) as error:
-        raise ValueError(f"{weights} cannot be read as weights: {error}") from error
-    tensors = {
-        k.removeprefix("module.").replace("self_attn.Wqkv.", "self_attn.in_proj_"): v for k, v in tensors.items()
-    }
+        with torch.device("meta"):  # no memory is taken before it is known that the weights fit
+            model = ScGPT(config, vocab)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(f"{folder / 'args.json'} describes a model that cannot be: {error}") from error
     needed = model.state_dict()
     problems = [f"{k}: missing, needs {tuple(v.shape)}" for k, v in needed.items() if k not in tensors]
     problems += [
@@ -347,13 +359,18 @@ def load_model(name_or_folder: str | Path = "scgpt-mini") -> ScGPT:
     ]
     problems += [f"{k}: not in this architecture" for k in tensors if k.startswith(USED) and k not in needed]
     if problems:
-        raise ValueError(f"{weights} does not fit its args.json and vocab.json:\n  " + "\n  ".join(problems))
-    model.load_state_dict({k: tensors[k].float() for k in needed})
+        more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise ValueError(
+            f"{weights} does not fit its args.json and vocab.json:\n  " + "\n  ".join([*problems[:20], *more])
+        )
+    model.load_state_dict({k: tensors[k].detach().to(torch.float32, copy=True) for k in needed}, assign=True)
     model.name = str(name_or_folder)
     model.ignored = sorted(set(tensors) - set(needed))
     for name in ("card", "aliases"):
         if (folder / f"{name}.json").is_file():
-            setattr(model, name, json.loads((folder / f"{name}.json").read_text()))
+            setattr(model, name, read_json(folder / f"{name}.json"))
+    if not all(isinstance(symbol, str) for symbol in model.aliases.values()):
+        raise ValueError(f"{folder / 'aliases.json'} must lead from symbols to symbols")
     return model.eval().requires_grad_(False)
 
 
@@ -364,6 +381,11 @@ def save_model(model: ScGPT, folder: str | Path, extra: dict[str, Tensor] | None
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    problems += [
+        f"{k}: holds {'NaN or infinite values' if tensors[k].is_floating_point() else tensors[k].dtype}"
+        for k in needed
+        if k in tensors and not (tensors[k].is_floating_point() and tensors[k].isfinite().all())
+    ]
     tensors = {**model.state_dict(), **(extra or {})}
     tensors = {k: (v.half() if half else v.float()).contiguous() for k, v in tensors.items()}
     save_file(tensors, folder / "model.safetensors.part")
@@ -371,3 +393,32 @@ def save_model(model: ScGPT, folder: str | Path, extra: dict[str, Tensor] | None
     args = {**asdict(model.config), "input_emb_style": "continuous", "input_style": "binned"}
     (folder / "args.json").write_text(json.dumps(args, indent=1) + "\n")
     (folder / "vocab.json").write_text(json.dumps(model.vocab, indent=0) + "\n")
+def read_json(path: Path) -> dict:
+    """Read a JSON object; raises ValueError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object, but {type(content).__name__}")
+    return content
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The dense tensors of a checkpoint, under the names of plain torch; raises ValueError if it cannot be read."""
+    try:
+        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except UnpicklingError as error:  # torch's own text says how to run the code
+        raise ValueError(
+            f"{path} cannot be read as weights: it is damaged, or a pickle of more than tensors (which was not run)"
+        ) from error
+    except Exception as error:  # bytes of others: torch raises whatever they lead to
+        raise ValueError(f"{path} cannot be read as weights: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(k, str) for k in tensors):
+        raise ValueError(f"{path} cannot be read as weights: it holds no tensors by name")
+    tensors = {
+        k: v for k, v in tensors.items() if isinstance(v, Tensor) and v.layout is torch.strided and not v.is_meta
+    }
+    return {k.removeprefix("module.").replace("self_attn.Wqkv.", "self_attn.in_proj_"): v for k, v in tensors.items()}
+
+
