@@ -200,32 +200,22 @@ def check_values(adata: AnnData) -> str:
     return "log1p"
 
 
-def load_h5ad(
-    path: Path,
-    label: str | None = None,
-    label_mid: str | None = None,
-    label_high: str | None = None,
-    study: str | None = None,
-) -> AnnData:
-    """Read and check a file of cells; see :func:`load_cells`."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no file of cells {str(path)!r}; give a path to an .h5ad file or one of {', '.join(SOURCES)}"
-        )
-    try:
-        adata = ad.read_h5ad(path)
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not an .h5ad file that anndata can read: {error}") from error
-    columns = {"cell_type": label, "cell_type_mid": label_mid, "cell_type_high": label_high, "study": study}
+def describe(adata: AnnData, path: Path, columns: dict[str, str | None]) -> tuple[pd.DataFrame, pd.Index]:
+    """Labels and symbols of a file's cells and genes, checked; its expression is not looked at.
+
+    Parameters
+    ----------
+    columns
+        Our name of a label (``cell_type``, ``cell_type_mid``, ``cell_type_high``, ``study``) to the file's column, or
+        None.
+    """
     for column in filter(None, columns.values()):
         if column not in adata.obs:
             found = ", ".join(map(str, adata.obs.columns)) or "none"
             raise ValueError(f"obs has no column {column!r} (it has: {found}){near_misses(column, adata.obs.columns)}")
-    if label is None:
+    if columns["cell_type"] is None:
         found = ", ".join(map(str, adata.obs.columns)) or "none"
         raise ValueError(f"say which column of obs holds the cell types (label=...); it has: {found}")
-    if adata.X is None:
-        raise ValueError(f"{path} holds no X: put counts or log1p values there")
     symbols = adata.var_names.astype(str)
     if symbols.str.match(r"ENS[A-Z]*G\d{6,}").mean() > 0.5:
         column = next((c for c in SYMBOL_COLUMNS if c in adata.var), None)
@@ -235,22 +225,71 @@ def load_h5ad(
             )
         log.warning("genes are Ensembl ids; symbols taken from var[%r]", column)
         symbols = pd.Index(adata.var[column].astype(object).where(adata.var[column].notna(), symbols).astype(str))
-    values = check_values(adata)
-    log.warning("X of %s read as %s", path.name, "counts" if values == "counts" else "log1p values")
-    X = sparse.csr_matrix(adata.X, dtype=np.float32)
-    X.eliminate_zeros()
     labels = {new: adata.obs[old].astype(object).fillna(UNASSIGNED) for new, old in columns.items() if old}
     obs = pd.DataFrame(labels).astype(str).replace(PLAIN, regex=True)
     obs.index = adata.obs_names.astype(str).str.translate(str.maketrans(PLAIN))
     if not obs.index.is_unique:
         raise ValueError(f"{obs.index.duplicated().sum()} cell names occur more than once: make obs_names unique")
-    adata = AnnData(X, obs=obs.assign(**({} if study else {"study": path.stem})))
-    adata.var_names = symbols
-    if not symbols.is_unique:  # of genes with one symbol the most expressed stays
-        order = np.argsort(-X.sum(0).A1, kind="stable")
-        first = np.sort(order[~symbols[order].duplicated()])
+    return obs.assign(**({} if columns["study"] else {"study": path.stem})), symbols
+
+
+def as_csr(X, path: Path) -> sparse.csr_matrix:
+    """Expression as float32 CSR without stored zeros; refuses a damaged matrix."""
+    if sparse.issparse(X):
+        try:  # indices that lead out of the matrix would crash the process, or give other values than the file's
+            X.check_format(full_check=True)
+        except ValueError as error:
+            raise ValueError(f"{path} holds a damaged matrix: {error}") from error
+    X = sparse.csr_matrix(X, dtype=np.float32)
+    X.sum_duplicates()
+    X.eliminate_zeros()
+    return X
+
+
+def first_of_symbol(symbols: pd.Index, totals: np.ndarray) -> np.ndarray:
+    """Numbers of the genes that stay: of those with one symbol, the one with the highest total."""
+    order = np.argsort(-totals, kind="stable")
+    first = np.sort(order[~symbols[order].duplicated()])
+    if len(first) < len(symbols):
         log.warning("%d genes share a symbol with a more expressed one and were left out", len(symbols) - len(first))
-        adata = adata[:, first].copy()
+    return first
+
+
+def complete(obs: pd.DataFrame) -> None:
+    """Let a level that is missing repeat the one below it, and make labels categories; in place."""
+    for below, column in zip(list(LEVELS.values()), list(LEVELS.values())[1:]):
+        if column not in obs:
+            obs[column] = obs[below]
+    for column in [*LEVELS.values(), "study"]:
+        obs[column] = pd.Categorical(obs[column].astype(str))
+
+
+def known_genes(symbols: pd.Index, genes) -> np.ndarray:
+    """Mask of the symbols that are among ``genes``."""
+    known = symbols.isin(list(genes))
+    if known.sum() < 10:
+        raise ValueError(
+            f"only {known.sum()} of {len(symbols)} genes are among the genes to keep (first: {', '.join(symbols[:3])})"
+        )
+    return known
+
+
+def load_h5ad(path: Path, columns: dict[str, str | None]) -> AnnData:
+    """Read and check a file of cells, whole; ``columns``: see :func:`describe`."""
+    try:
+        adata = ad.read_h5ad(path)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not an .h5ad file that anndata can read: {error}") from error
+    obs, symbols = describe(adata, path, columns)
+    if adata.X is None:
+        raise ValueError(f"{path} holds no X: put counts or log1p values there")
+    X = as_csr(adata.X, path)
+    values = check_values(AnnData(X))
+    log.warning("X of %s read as %s", path.name, "counts" if values == "counts" else "log1p values")
+    adata = AnnData(X, obs=obs)
+    adata.var_names = symbols
+    if not symbols.is_unique:
+        adata = adata[:, first_of_symbol(symbols, X.sum(0, dtype=np.float64).A1)].copy()
     if values == "counts":
         adata.obs["n_counts"] = X.sum(1).A1
     empty = np.diff(adata.X.indptr) == 0
@@ -271,6 +310,7 @@ def load_cells(
     n_top_genes: int | None = None,
     genes=None,
     aliases: dict[str, str] | None = None,
+    out: str | Path | None = None,
 ) -> AnnData:
     """Load cells, checked and ready for :func:`scsae_utils.embed`.
 
@@ -291,11 +331,15 @@ def load_cells(
     aliases
         Other symbol to the one to use (for instance ``model.aliases``): genes are renamed before ``genes`` are chosen,
         unless the panel has the other symbol too or two genes would get one name.
+    out
+        For a file: an h5ad that fills block by block with the cells and the chosen genes. The cells come back with
+        ``X`` in that file (``backed``) and without layers, and memory hardly grows with their number.
 
     Returns
     -------
     AnnData with log1p of counts per 10,000 in ``X`` (CSR), ``layers["counts"]`` where the counts are known, and
-    ``cell_type``, ``cell_type_mid``, ``cell_type_high``, ``study`` in ``obs``.
+    ``cell_type``, ``cell_type_mid``, ``cell_type_high``, ``study`` in ``obs``. A large file (:data:`.stream.LARGE`) is
+    read in blocks, so that only the chosen genes of all cells are in memory; the result is the same.
 
     Raises
     ------
@@ -304,8 +348,8 @@ def load_cells(
         symbols not to be found, cell names not unique.
     """
     if cells in SOURCES:
-        if label or label_mid or label_high or study:
-            raise ValueError(f"label and study columns are for files; {cells!r} has its own")
+        if label or label_mid or label_high or study or out:
+            raise ValueError(f"label and study columns, and out, are for files; {cells!r} has its own")
         adata = SOURCES[cells]()
         low = adata.obs["cell_type"]
         adata.obs["cell_type_mid"] = low.map({k: v[0] for k, v in HIERARCHY.items()})
@@ -316,22 +360,21 @@ def load_cells(
             raise FileNotFoundError(
                 f"no cells {str(cells)!r}: give one of {', '.join(SOURCES)} or a path{near_misses(cells, SOURCES)}"
             )
-        adata = load_h5ad(path, label, label_mid, label_high, study)
-    for below, column in zip(list(LEVELS.values()), list(LEVELS.values())[1:]):
-        if column not in adata.obs:
-            adata.obs[column] = adata.obs[below]
-    for column in [*LEVELS.values(), "study"]:
-        adata.obs[column] = pd.Categorical(adata.obs[column].astype(str))
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no file of cells {str(path)!r}; give a path to an .h5ad file or one of {', '.join(SOURCES)}"
+            )
+        columns = {"cell_type": label, "cell_type_mid": label_mid, "cell_type_high": label_high, "study": study}
+        from . import stream  # which is made of the steps of this module
+
+        if out is not None or stream.is_large(path):
+            return stream.load_blocks(path, columns, n_top_genes, genes, aliases, out)
+        adata = load_h5ad(path, columns)
+    complete(adata.obs)
     if aliases:
         adata.var_names = rename(adata.var_names, aliases)
     if genes is not None:
-        known = adata.var_names.isin(list(genes))
-        if known.sum() < 10:
-            raise ValueError(
-                f"only {known.sum()} of {adata.n_vars} genes are among the genes to keep "
-                f"(first: {', '.join(adata.var_names[:3])})"
-            )
-        adata = adata[:, known].copy()
+        adata = adata[:, known_genes(adata.var_names, genes)].copy()
     if n_top_genes is not None and n_top_genes < adata.n_vars:
         batch = "study" if adata.obs["study"].nunique() > 1 else None
         sc.pp.highly_variable_genes(adata, n_top_genes=n_top_genes, batch_key=batch)
