@@ -19,25 +19,10 @@ from torch import Tensor
 
 from .embedding import BATCH_TOKENS, cell_tokens, embed_tokens
 from .encoder import CellEncoder
-from .scgpt import Layer, ScGPT
+from .scgpt import ScGPT
 
 FEW = 4  # fewer changes of a cell are not worth preparing what they could share
 UNSTABLE = 0.9  # attention to one token above which 1 - p + r loses digits: such changes take an ordinary pass
-
-
-def attention_inputs(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (..., heads, N, d / heads) of tokens (..., N, d)."""
-    attention = layer.self_attn
-    qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
-    return tuple(y.unflatten(-1, (attention.heads, -1)).transpose(-3, -2) for y in qkv)
-
-
-def after_attention(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
-    """The rest of a layer: its input x and the heads' outputs y side by side, both (..., d), to its output."""
-    x = x + layer.self_attn.out_proj(y)
-    x = layer.norm2(x) if layer.pre_norm else layer.norm1(x)
-    x = x + layer.linear2(F.relu(layer.linear1(x)))
-    return x if layer.pre_norm else layer.norm2(x)
 
 
 class FirstLayer:
@@ -51,44 +36,47 @@ class FirstLayer:
 
     def __init__(self, model: ScGPT, x: Tensor):
         self.layer = model.transformer_encoder["layers"][0]
+        self.attention = self.layer.self_attn
         self.x = self.layer.norm1(x) if self.layer.pre_norm else x
-        self.q, self.k, self.v = attention_inputs(self.layer, self.x)
+        self.q, self.k, self.v = self.attention.inputs(self.x)
         scores = self.q @ self.k.transpose(1, 2) * self.q.shape[-1] ** -0.5
         self.log_sum = scores.logsumexp(-1, keepdim=True)
         self.p = (scores - self.log_sum).exp()
-        self.a = (self.p @ self.v).transpose(0, 1)  # (N, heads, d / heads)
+        rest = (self.x + self.attention.out_proj.bias)[:, None]
+        self.a = torch.cat([self.projected(self.p @ self.v), rest], 1)  # (N, heads + 1, d)
         self.stable = self.p.amax((0, 1)) < UNSTABLE  # (N,) nobody attends to this token alone
+
+    def projected(self, y: Tensor) -> Tensor:
+        """What each head's output (heads, M, d / heads) adds to the layer's sum: (M, heads, d)."""
+        weights = self.attention.out_proj.weight.unflatten(1, (self.attention.heads, -1))
+        return torch.einsum("hmi,dhi->mhd", y, weights)
 
     def output(self, positions: Tensor, new: Tensor | None) -> Tensor:
         """Output (B, N, d) with the tokens at ``positions`` (B,) replaced by ``new`` (B, d); (B, N - 1, d) if None,
         which takes them away."""
-        n, heads, width = self.a.shape
+        width = self.q.shape[-1]
         at, p = torch.arange(len(positions), device=positions.device), self.p[:, :, positions]
         if new is None:
-            r, values = torch.zeros_like(p), self.v[:, positions]
+            r, values = torch.zeros_like(p), None
         else:
             new = self.layer.norm1(new) if self.layer.pre_norm else new
-            q, k, values = attention_inputs(self.layer, new)
+            q, k, values = self.attention.inputs(new)
             r = (self.q @ k.transpose(1, 2) * width**-0.5 - self.log_sum).exp()
         rest = 1 / (1 - p + r)  # (heads, N, B)
-        y = self.a * rest.permute(2, 1, 0)[..., None]
-        weights = torch.cat([-p * rest, r * rest]).permute(2, 1, 0)
-        blocks = torch.zeros(len(positions), 2, heads, heads, width, dtype=y.dtype, device=y.device)
-        blocks[:, 0, range(heads), range(heads)] = self.v[:, positions].transpose(0, 1)
-        blocks[:, 1, range(heads), range(heads)] = values.transpose(0, 1)
-        y = y.flatten(2).baddbmm_(weights, blocks.view(len(positions), 2 * heads, heads * width))
+        x = torch.cat([rest, torch.ones_like(rest[:1])]).permute(1, 2, 0) @ self.a  # (N, B, d)
+        changed, weights = self.projected(self.v[:, positions]), -p * rest
+        if new is not None:
+            changed, weights = torch.cat([changed, self.projected(values)], 1), torch.cat([weights, r * rest])
+        x = torch.baddbmm(x.transpose(0, 1), weights.permute(2, 1, 0), changed)
         if new is None:
-            x = after_attention(self.layer, self.x, y)
             x[at, positions] = x[:, -1].clone()  # the order of tokens does not matter: the last one fills the gap
-            return x[:, :-1].contiguous()
+            return self.layer.feed_forward(x[:, :-1])
         scores = q @ self.k.transpose(1, 2) * width**-0.5  # the changed token's own attention, (heads, B, N)
         scores[:, at, positions] = (q * k).sum(-1) * width**-0.5
         p = scores.softmax(-1)
         own = p @ self.v + p[:, at, positions, None] * (values - self.v[:, positions])
-        y[at, positions] = own.transpose(0, 1).flatten(1)
-        x = self.x.repeat(len(positions), 1, 1)
-        x[at, positions] = new
-        return after_attention(self.layer, x, y)
+        x[at, positions] = self.attention.out_proj(own.transpose(0, 1).flatten(1)).add_(new)
+        return self.layer.feed_forward(x)
 
 
 def encode_changed(

@@ -147,7 +147,7 @@ class ValueEncoder(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of all tokens, or of ``<cls>`` alone, to all tokens."""
+    """Multi-head attention of all tokens, or of ``<cls>`` alone, to all tokens; without its last step, ``out_proj``."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -157,20 +157,30 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
-    def forward(self, x: Tensor, keep: Tensor | None = None, only_cls: bool = False) -> Tensor:
-        dim = x.shape[-1]
+    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (..., heads, N, d / heads) of tokens (..., N, d)."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        return tuple(y.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for y in qkv)
 
-        def heads(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-        if only_cls:
-            q = F.linear(x[:, :1], self.in_proj_weight[:dim], self.in_proj_bias[:dim])
-            k, v = F.linear(x, self.in_proj_weight[dim:], self.in_proj_bias[dim:]).chunk(2, -1)
-        else:
-            q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """The heads' outputs side by side (n, N, d)."""
         mask = None if keep is None else keep[:, None, None, :]
-        y = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), attn_mask=mask)
-        return self.out_proj(y.transpose(1, 2).flatten(-2))
+        return F.scaled_dot_product_attention(*self.inputs(x), attn_mask=mask).transpose(1, 2).flatten(-2)
+
+    def of_cls(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """The same of ``<cls>`` (n, 1, d), without the keys and values of all tokens: q (K x) = (q K) x, and the sum of
+        V x is V times the sum."""
+        n, _, dim = x.shape
+        wide = torch.promote_types(x.dtype, torch.float32)  # scores in half precision would lose digits
+        weights = self.in_proj_weight.to(wide).view(3, self.heads, -1, dim)
+        bias = self.in_proj_bias.to(wide).view(3, self.heads, 1, -1)
+        x = x.to(wide)
+        q = (x[:, 0] @ weights[0].transpose(1, 2) + bias[0]) * weights.shape[2] ** -0.5  # (heads, n, d / heads)
+        scores = (q @ weights[1]).transpose(0, 1) @ x.transpose(1, 2)  # the keys' bias is the same for all tokens
+        if keep is not None:
+            scores = scores.masked_fill(~keep[:, None], -torch.inf)
+        y = (scores.softmax(-1) @ x).transpose(0, 1) @ weights[2].transpose(1, 2) + bias[2]
+        return y.transpose(0, 1).reshape(n, 1, dim).to(self.in_proj_weight.dtype)
 
 
 class Layer(nn.Module):
@@ -187,8 +197,16 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, keep: Tensor | None = None, only_cls: bool = False) -> Tensor:
         if self.pre_norm:  # as in scGPT, the residual starts from the normalised input
             x = self.norm1(x)
-        y = self.self_attn(x, keep, only_cls)
-        x = y.add_(x[:, :1] if only_cls else x)  # in place: new memory costs as much as the sum
+        if only_cls:
+            return self.after_attention(x[:, :1], self.self_attn.of_cls(x, keep))
+        return self.after_attention(x, self.self_attn(x, keep))
+
+    def after_attention(self, x: Tensor, y: Tensor) -> Tensor:
+        """The rest of the layer: its input x and the heads' outputs y, both (..., d), to its output."""
+        return self.feed_forward(self.self_attn.out_proj(y).add_(x))  # in place: new memory costs as much as the sum
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The layer from the sum of its input and its attention (..., d) on."""
         x = self.norm2(x) if self.pre_norm else self.norm1(x)
         x = self.linear2(self.linear1(x).relu_()).add_(x)
         return x if self.pre_norm else self.norm2(x)
@@ -358,6 +376,11 @@ def load_model(name_or_folder: str | Path = "scgpt-mini") -> ScGPT:
         if k in tensors and tensors[k].shape != v.shape
     ]
     problems += [f"{k}: not in this architecture" for k in tensors if k.startswith(USED) and k not in needed]
+    problems += [
+        f"{k}: holds {'NaN or infinite values' if tensors[k].is_floating_point() else tensors[k].dtype}"
+        for k in needed
+        if k in tensors and not (tensors[k].is_floating_point() and tensors[k].isfinite().all())
+    ]
     if problems:
         more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
         raise ValueError(
@@ -374,25 +397,6 @@ def load_model(name_or_folder: str | Path = "scgpt-mini") -> ScGPT:
     return model.eval().requires_grad_(False)
 
 
-def save_model(model: ScGPT, folder: str | Path, extra: dict[str, Tensor] | None = None, half: bool = False) -> None:
-    """Write a model in scGPT's own form (``args.json``, ``vocab.json``, ``model.safetensors``).
-
-    ``extra`` holds further tensors to keep (the decoders of pretraining); ``half`` stores 16-bit floats.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    problems += [
-        f"{k}: holds {'NaN or infinite values' if tensors[k].is_floating_point() else tensors[k].dtype}"
-        for k in needed
-        if k in tensors and not (tensors[k].is_floating_point() and tensors[k].isfinite().all())
-    ]
-    tensors = {**model.state_dict(), **(extra or {})}
-    tensors = {k: (v.half() if half else v.float()).contiguous() for k, v in tensors.items()}
-    save_file(tensors, folder / "model.safetensors.part")
-    (folder / "model.safetensors.part").replace(folder / "model.safetensors")
-    args = {**asdict(model.config), "input_emb_style": "continuous", "input_style": "binned"}
-    (folder / "args.json").write_text(json.dumps(args, indent=1) + "\n")
-    (folder / "vocab.json").write_text(json.dumps(model.vocab, indent=0) + "\n")
 def read_json(path: Path) -> dict:
     """Read a JSON object; raises ValueError for anything else."""
     try:
@@ -422,3 +426,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {k.removeprefix("module.").replace("self_attn.Wqkv.", "self_attn.in_proj_"): v for k, v in tensors.items()}
 
 
+def save_model(model: ScGPT, folder: str | Path, extra: dict[str, Tensor] | None = None, half: bool = False) -> None:
+    """Write a model in scGPT's own form (``args.json``, ``vocab.json``, ``model.safetensors``).
+
+    ``extra`` holds further tensors to keep (the decoders of pretraining); ``half`` stores 16-bit floats.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {**model.state_dict(), **(extra or {})}
+    tensors = {k: (v.half() if half else v.float()).contiguous() for k, v in tensors.items()}
+    save_file(tensors, folder / "model.safetensors.part")
+    (folder / "model.safetensors.part").replace(folder / "model.safetensors")
+    args = {**asdict(model.config), "input_emb_style": "continuous", "input_style": "binned"}
+    (folder / "args.json").write_text(json.dumps(args, indent=1) + "\n")
+    (folder / "vocab.json").write_text(json.dumps(model.vocab, indent=0) + "\n")

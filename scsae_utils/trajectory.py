@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .occlusion import after_attention, attention_inputs
 from .scgpt import Layer, ScGPT
 
 
@@ -57,14 +56,14 @@ class Trajectories:
                 before = x.detach().requires_grad_(True)
                 x = layer.norm1(before) if layer.pre_norm else before
             with torch.no_grad():
-                q, k, v = attention_inputs(layer, x)
+                q, k, v = layer.self_attn.inputs(x)
                 q = q[:, :n] * q.shape[-1] ** -0.5
                 scores = q @ k.transpose(1, 2)
                 log_sum = scores.logsumexp(-1, keepdim=True)
                 p = scores.sub_(log_sum).exp_()
                 a = (p @ v).transpose(0, 1).flatten(1)
             with torch.enable_grad():
-                after = after_attention(layer, x[:n], a.requires_grad_(True))
+                after = layer.after_attention(x[:n], a.requires_grad_(True))
             self.states.append(LayerState(layer, before, x, q, k, v, log_sum, p, a, after))
             x = after
         with torch.enable_grad():
@@ -122,7 +121,7 @@ class Trajectories:
             at = slice(1, len(new) + 1)  # every gene in its order: nothing need be gathered
         for state, (G, ga, from_scores) in zip(self.states, gradients):
             x = state.layer.norm1(new) if state.layer.pre_norm else new
-            q, k, v = attention_inputs(state.layer, x)  # (heads, B, d / heads)
+            q, k, v = state.layer.self_attn.inputs(x)  # (heads, B, d / heads)
             r = (state.q @ k.transpose(1, 2)).sub_(state.log_sum).exp_()
             r[:, :, remove] = 0
             t, rest = (G @ v.transpose(1, 2)).sub_(ga).mul_(r), r.add_(1 + 1e-6)
@@ -145,4 +144,4 @@ class Trajectories:
                 scores[:, each, positions] = own
                 p = scores.softmax(-1)
                 y = p @ state.v + p[:, each, positions, None] * (v - state.v[:, at])
-            new = after_attention(state.layer, x, y.transpose(0, 1).flatten(1))
+            new = state.layer.after_attention(x, y.transpose(0, 1).flatten(1))
