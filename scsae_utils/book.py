@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import inspect
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+RAN = "<!-- time to run -->"  # where a notebook says how long it ran
 SECTIONS = {  # notebook: section of the profile
     "00_ten_cells": "ten_cells",
     "01_embedding": "embedding",
@@ -153,12 +155,33 @@ def check_executed(notebook: Path) -> None:
         sys.exit(f"{notebook} was not executed by papermill: not published")
 
 
+def alternative_text(source: str) -> str:
+    """What the figures of a code cell show, for who cannot see them: the first lines of their functions' docstrings."""
+    from . import plots
+
+    texts = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        if ast.unparse(call.func).startswith("plots."):
+            text = inspect.getdoc(getattr(plots, call.func.attr)).split("\n\n")[0].replace("\n", " ")
+            words = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            text = re.sub(r" \(Figs?\. [^)]*\)", "", text).rstrip(".")
+            texts.append(f"{': '.join([text, *words])}.")
+    return " ".join(texts)
+
+
 def page(notebook: Path, title: str | None = None) -> dict:
     """A notebook as a page; ``title`` replaces the first heading.
 
-    The cell that papermill injected is folded, or left out if it says nothing new.
+    The cell that papermill injected is folded, or left out if it says nothing new. Figures get their alternative text,
+    and the first cell says how long the notebook ran.
     """
     content = json.loads(notebook.read_text())
+    seconds = content["metadata"]["papermill"].get("duration") or 0
+    ran = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+    for cell in content["cells"]:
+        cell["source"] = "".join(cell["source"]).replace(RAN, f"; {ran} to run where these pages were made")
+        if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
+            cell["metadata"]["mystnb"] = {"image": {"alt": alternative_text(cell["source"])}}
     new = set(parameters(notebook, "injected-parameters").items()) - set(parameters(notebook).items())
     for cell in content["cells"]:
         if "injected-parameters" in cell["metadata"].get("tags", []):

@@ -13,7 +13,7 @@ from .style import OTHER_COLORS, legend_below, palette, umap_axes
 
 
 def umap_types(adata: AnnData, level: str = "mid", ax=None) -> Figure:
-    """Cells in the UMAP of their embeddings, coloured by cell type (Figs. 4 and 5)."""
+    """Scatter plot of the cells in the UMAP of their embeddings, coloured by cell type (Figs. 4 and 5)."""
     fig, ax = (ax.figure, ax) if ax is not None else plt.subplots(figsize=(6.5, 4.8))
     colors, types, xy = palette(adata, level), adata.obs[LEVELS[level]].astype(str), adata.obsm["X_umap"]
     for cell_type, color in colors.items():
@@ -34,7 +34,7 @@ def umap_values(ax, xy: np.ndarray, values: np.ndarray, title: str = "", label: 
 
 
 def umap_studies(adata: AnnData) -> Figure:
-    """Cells in the UMAP, coloured by study: how much of the picture is biology and how much the laboratory."""
+    """Scatter plot of the cells in the UMAP of their embeddings, coloured by study."""
     fig, ax = plt.subplots(figsize=(6.2, 4.5))
     for i, study in enumerate(sorted(adata.obs["study"].astype(str).unique())):
         rows = (adata.obs["study"] == study).to_numpy()
@@ -51,7 +51,7 @@ def umap_studies(adata: AnnData) -> Figure:
 
 
 def cell_tokens_bars(adata: AnnData, cell: str, n: int = 40) -> Figure:
-    """What the model is fed of one cell: its most expressed genes with their bins."""
+    """Bars: what the model is fed of one cell, its most expressed genes with their bins."""
     bins = adata[cell].layers["bins"].toarray().ravel()
     n = min(n, int((bins > 0).sum()))
     top = np.argsort(-bins, kind="stable")[:n]
@@ -67,7 +67,10 @@ def cell_tokens_bars(adata: AnnData, cell: str, n: int = 40) -> Figure:
 
 
 def noise_distances(noise: pd.DataFrame) -> Figure:
-    """Distances of :func:`scsae_utils.quality.embedding_noise`: the share of cells that moved at most so far."""
+    """Share of the cells that each kind of noise moves at most so far, and the distance to the nearest other cell.
+
+    ``noise`` is from :func:`scsae_utils.quality.embedding_noise`.
+    """
     fig, ax = plt.subplots(figsize=(6, 3.6))
     for (name, distances), color in zip(noise.items(), ["#D55E00", "#0072B2", "#56B4E9", "black"]):
         ax.ecdf(distances[distances > 0], label=name, color=color, ls="--" if name == noise.columns[-1] else "-")

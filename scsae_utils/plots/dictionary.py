@@ -12,7 +12,7 @@ from .style import GREY
 
 
 def training_curves(history: pd.DataFrame) -> Figure:
-    """Variance that is not explained (logarithmic) and, where it changes, concepts per cell over the epochs.
+    """Lines over the epochs of training: variance that is not explained and, where it changes, concepts per cell.
 
     Of training cells in the course of an epoch; of held-out cells after it, if there.
     """
@@ -33,7 +33,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
 
 
 def sweep(table: pd.DataFrame, n_concepts: int, k: int) -> Figure:
-    """Scores of dictionaries of several sizes over the concepts of a held-out cell; a ring around the point in use.
+    """Four scores of dictionaries of several sizes, over the concepts of a held-out cell; a ring: the one in use.
 
     ``table`` is from :func:`scsae_utils.controls.sweep`.
     """
@@ -66,7 +66,7 @@ def sweep(table: pd.DataFrame, n_concepts: int, k: int) -> Figure:
 
 
 def concepts_per_cell(concepts: AnnData) -> Figure:
-    """Distribution of the number of active concepts of a cell (Fig. 6)."""
+    """Histogram of the number of active concepts of a cell, for training and for held-out cells (Fig. 6)."""
     active = pd.DataFrame(
         {"concepts": concepts.X.getnnz(axis=1), "cells": concepts.obs["split"].astype(str).to_numpy()}
     )
@@ -88,7 +88,7 @@ def concepts_per_cell(concepts: AnnData) -> Figure:
 
 
 def cells_per_concept(concepts: AnnData) -> Figure:
-    """Distribution of the number of cells that activate a concept (Fig. 7)."""
+    """Histogram of the number of cells that activate a concept, with the threshold of post-processing (Fig. 7)."""
     var = concepts.var[concepts.var["n_cells"] > 0]
     fig, ax = plt.subplots(figsize=(6, 3.5))
     sns.histplot(x=var["n_cells"], log_scale=True, bins=30, color="#0072B2", ax=ax)
@@ -101,7 +101,7 @@ def cells_per_concept(concepts: AnnData) -> Figure:
 
 
 def frequency_and_activation(concepts: AnnData) -> Figure:
-    """Activation frequency of each concept against its maximal activation (Fig. 8)."""
+    """Scatter plot of the concepts: activation frequency against maximal activation (Fig. 8)."""
     var = concepts.var[concepts.var["n_cells"] > 0]
     fig, ax = plt.subplots(figsize=(6, 4))
     for is_kept, color, label in [(False, GREY, "dropped"), (True, "#0072B2", "kept")]:

@@ -21,7 +21,7 @@ ORDER_COLORS = {"attribution": ORANGE, "differential expression": BLUE, "random"
 
 
 def attribution_errors(statistics: pd.DataFrame, max_q: float = 0.1, n: int = 12, redrawn: pd.Series | None = None):
-    """The strongest genes of one concept: mean attribution, twice its error either way, and which stand out.
+    """The strongest genes of one concept: mean attribution with twice its error either way, and which stand out.
 
     ``statistics`` are indexed by gene; ``redrawn`` (by gene) is the root mean square of what re-drawn bins give, drawn
     as a grey bar around zero.
@@ -47,7 +47,7 @@ def attribution_errors(statistics: pd.DataFrame, max_q: float = 0.1, n: int = 12
 
 
 def p_values(groups: dict[str, pd.Series]) -> Figure:
-    """Histogram of the p-values of each group, as densities; the dotted line is what no effect at all would give."""
+    """Histogram of the p-values of each group of genes, as densities; dotted: what no effect at all would give."""
     fig, ax = plt.subplots(figsize=(5.2, 3.4))
     edges = np.linspace(0, 1, 21)
     for (name, p), color in zip(groups.items(), (BLUE, ORANGE, GREEN)):
@@ -67,7 +67,10 @@ def p_values(groups: dict[str, pd.Series]) -> Figure:
 
 
 def precision_recall_bars(table: pd.DataFrame) -> Figure:
-    """Precision and recall (columns) of several methods (rows)."""
+    """Bars: precision and recall of several methods that look for drivers.
+
+    ``table`` has a row for each method.
+    """
     fig, ax = plt.subplots(figsize=(5.2, 0.5 * len(table) + 1.3))
     y = np.arange(len(table))[::-1]
     for shift, (name, color) in zip((0.18, -0.18), {"precision": BLUE, "recall": "#E69F00"}.items()):
@@ -83,9 +86,10 @@ def precision_recall_bars(table: pd.DataFrame) -> Figure:
 
 
 def joint_losses(found: pd.DataFrame, n_names: int = 6) -> Figure:
-    """Sum of single losses against the loss together, of pairs and of modules (:func:`redundancy.interactions`).
+    """Scatter plot of pairs and families of genes: the losses of each on its own, added up, against the loss of all.
 
-    Above the diagonal genes stand in for each other, below it they need each other. The largest are named.
+    ``found`` is from :func:`redundancy.interactions`. Above the diagonal genes stand in for each other, below it they
+    need each other. The largest are named.
     """
     fig, ax = plt.subplots(figsize=(5.2, 4.6))
     limits = [found[["sum", "loss"]].min().min(), found[["sum", "loss"]].max().max()]
@@ -108,8 +112,9 @@ def joint_losses(found: pd.DataFrame, n_names: int = 6) -> Figure:
 
 
 def order_bands(curves: pd.DataFrame) -> Figure:
-    """Deletion and insertion of one concept by order of genes; band: random orders, lowest to highest.
+    """Lines: the activation of one concept while genes are taken away or given back, in several orders of the genes.
 
+    The band has the random orders, lowest to highest.
     ``curves`` are those of one concept of :func:`curves.order_curves`; means over its cells.
     """
     fig, axes = plt.subplots(2, 1, figsize=(5.2, 6), sharex=True, layout="constrained")
@@ -132,7 +137,7 @@ def order_bands(curves: pd.DataFrame) -> Figure:
 
 
 def area_scatter(areas: pd.DataFrame, other: str = "random") -> Figure:
-    """Area under the deletion curve of each concept: order of attribution against another order.
+    """Scatter plot of the concepts: area under the deletion curve by attribution against that of another order.
 
     Below the diagonal the concept falls faster by attribution.
     """
@@ -151,9 +156,10 @@ def area_scatter(areas: pd.DataFrame, other: str = "random") -> Figure:
 
 
 def quadrant_scatter(table: pd.DataFrame, min_log2fc: float, min_attribution: float) -> Figure:
-    """|log2 fold change| against |attribution| of every gene of every concept (:func:`significance.quadrants`).
+    """Scatter plot of the genes of all concepts: how much they differ against how much they matter, in four quadrants.
 
-    Genes that one group never expresses have no finite fold change and are drawn at the right edge.
+    ``table`` is from :func:`significance.quadrants`. Genes that one group never expresses have no finite fold change
+    and are drawn at the right edge.
     """
     fig, ax = plt.subplots(figsize=(5.2, 4.6))
     edge = float(np.ceil(table.loc[~table["never"], "log2fc"].abs().max())) + 1

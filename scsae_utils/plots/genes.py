@@ -17,7 +17,7 @@ from .style import GREY, OTHER_COLORS, legend_below
 
 
 def volcano(table: pd.DataFrame, min_log2fc: float, max_padj: float, n_names: int = 7) -> Figure:
-    """Differential expression: log2 fold change against adjusted p-value, regulated genes coloured (Fig. 2c).
+    """Volcano plot: log2 fold change against adjusted p-value of each gene, regulated genes coloured (Fig. 2c).
 
     On each side the ``n_names`` most significant genes are named, where the name covers no other. Genes that are
     never expressed in one of the groups have no finite fold change and are not drawn.
@@ -48,7 +48,7 @@ def volcano(table: pd.DataFrame, min_log2fc: float, max_padj: float, n_names: in
 
 
 def attribution_strip(attributions: pd.DataFrame, genes: list[str], threshold: float = 0.05, selected=None) -> Figure:
-    """Attribution of each gene in each prototype (Fig. 2e); dotted: the paper's threshold.
+    """Attribution of the strongest genes, a dot for each prototype, with the paper's threshold (Fig. 2e).
 
     Genes that are not ``selected`` (all are by default) are grey.
     """
@@ -69,7 +69,7 @@ def attribution_strip(attributions: pd.DataFrame, genes: list[str], threshold: f
 
 
 def deletion(curves: pd.DataFrame, what: str = "differentially expressed genes") -> Figure:
-    """Activation while genes are removed, by order of removal; band: random orders, lowest to highest (Fig. 2f)."""
+    """Lines: activation while genes are removed, by order of removal; band: random orders (Fig. 2f)."""
     fig, ax = plt.subplots(figsize=(6.5, 4))
     means = curves.groupby(["order", "n_removed"])["activation"].mean().unstack("order")
     random = means[[c for c in means if c.startswith("random")]]
@@ -95,7 +95,7 @@ def deletion(curves: pd.DataFrame, what: str = "differentially expressed genes")
 
 
 def attribution_heatmap(means: pd.DataFrame, shares: pd.DataFrame, passed: pd.DataFrame | None = None) -> Figure:
-    """Mean attribution (genes x concepts) under the share of cell types (concepts x types) (Fig. 3).
+    """Heat map of the mean attributions of genes to concepts, under the share of cell types in each (Fig. 3).
 
     Genes are ordered by clustering; ``passed`` (genes x concepts, bool) puts a dot where a gene passes the rule.
     """

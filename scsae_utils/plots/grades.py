@@ -46,7 +46,7 @@ def real_and_null(tables: dict[str, pd.DataFrame], measures: dict[str, str]) -> 
 
 
 def grades_by_kind(table: pd.DataFrame) -> Figure:
-    """Share of the concepts with each grade, by kind; below (↳) cross-cell-type ones by reading."""
+    """Bars: share of the concepts with each grade, by kind; below (↳) cross-cell-type ones by reading."""
     kinds = [kind for kind in KINDS if (table["kind"] == kind).any()]
     groups = {kind: table["kind"] == kind for kind in kinds}
     groups |= {f"↳ {name}": table["reading"] == name for name in READINGS if (table["reading"] == name).any()}
@@ -68,7 +68,7 @@ def grades_by_kind(table: pd.DataFrame) -> Figure:
 
 
 def lines_by_kind(table: pd.DataFrame) -> Figure:
-    """Which lines pass: one row for each concept, by kind and reading, the best grades first."""
+    """Which lines of evidence pass: one row for each concept, by kind and reading, the best grades first."""
     order = {name: i for i, name in enumerate([*KINDS[:2], *READINGS])}
     group = table["reading"].where(table["reading"] != "", table["kind"])
     rank = group.map(order).fillna(len(order))
@@ -103,7 +103,10 @@ def lines_by_kind(table: pd.DataFrame) -> Figure:
 
 
 def association_strip(found: pd.DataFrame, max_effect: float = 0.5) -> Figure:
-    """Effect of each covariate on each concept within cell types, from :func:`~scsae_utils.technical.associations`."""
+    """Effect of each trait of the cells on each concept within cell types, coloured by verdict.
+
+    ``found`` is from :func:`~scsae_utils.technical.associations`.
+    """
     covariates = list(dict.fromkeys(found.index.get_level_values("covariate")))
     colors = {"associated": REAL, "undecided": "#E69F00", "free": "#009E73", "cannot be told": GREY}
     rng = np.random.default_rng(0)

@@ -18,10 +18,10 @@ Q_COLORS = {"q < 0.001": "#08306B", "q < 0.05": "#2171B5", "not enriched": "#8C8
 
 
 def word_cloud(counts: pd.DataFrame, random: pd.DataFrame | None = None, seed: int = 0) -> Figure:
-    """Words of a gene list, size by the number of genes (Fig. 2d), colour by q-value, and the most frequent as bars.
+    """Word cloud of a gene list, beside it that of random genes; below, the most frequent words as bars (Fig. 2d).
 
-    Beside it, ours, the cloud of a ``random`` list of as many genes. Both tables are of
-    :func:`~scsae_utils.words.word_counts`.
+    Size: the number of genes; colour: the q-value. The cloud of a ``random`` list of as many genes is ours. Both tables
+    are of :func:`~scsae_utils.words.word_counts`.
     """
     columns = 1 if random is None else 2
     fig = plt.figure(figsize=(6.6, 6.4), layout="constrained")
@@ -75,7 +75,7 @@ def _color(q: float) -> str:
 
 
 def gene_set_bars(tables: dict[str, pd.DataFrame], random: dict[str, pd.DataFrame], n: int = 6) -> Figure:
-    """The first ``n`` gene sets by each method, and what random genes reach.
+    """Bars: the most significant gene sets by each method, and what random genes reach.
 
     Parameters
     ----------

@@ -16,7 +16,7 @@ from .style import KIND_COLORS, legend_below, palette, umap_axes
 
 
 def specificity_sensitivity(concepts: AnnData, threshold: float = 0.8) -> Figure:
-    """Specificity against sensitivity for the main cell type of each concept (Fig. 9)."""
+    """Scatter plot of the concepts: specificity against sensitivity for the main cell type of each (Fig. 9)."""
     fig, ax = plt.subplots(figsize=(6, 4.5))
     for kind in KINDS:
         part = kept(concepts).var.query("kind == @kind")
@@ -42,9 +42,10 @@ def specificity_sensitivity(concepts: AnnData, threshold: float = 0.8) -> Figure
 
 
 def concept_map(concepts: AnnData, xy: np.ndarray) -> Figure:
-    """Concepts in the UMAP (k, 2) of their vectors; size: frequency, opacity: share of the main type (Fig. 10).
+    """Scatter plot of the concepts in the UMAP of their vectors, coloured by high-level cell type (Fig. 10).
 
-    The colour is that of the high-level type to which the main type belongs: lower ones cannot be told apart.
+    ``xy`` is (k, 2). Size: frequency; opacity: share of the main type. The colour is that of the high-level type that
+    the main type belongs to: lower ones cannot be told apart.
     """
     var = kept(concepts).var
     parents = {t: p for c in LEVELS.values() for t, p in concepts.obs[[c, "cell_type_high"]].astype(str).to_numpy()}
@@ -62,7 +63,7 @@ def concept_map(concepts: AnnData, xy: np.ndarray) -> Figure:
 
 
 def type_heatmap(concepts: AnnData, level: str = "low") -> Figure:
-    """Share of each cell type among the cells that activate a concept (Figs. 11 and 12)."""
+    """Heat map: share of each cell type among the cells that activate a concept (Figs. 11 and 12)."""
     shares = type_shares(kept(concepts), level)
     types = [t for t in palette(concepts, level) if t in shares.columns]
     shares = shares[types]
@@ -77,7 +78,7 @@ def type_heatmap(concepts: AnnData, level: str = "low") -> Figure:
 
 
 def concept_examples(concepts: AnnData, chosen: list[int], level: str = "low") -> Figure:
-    """Concepts in the cell UMAP (left) and their distribution over cell types (right) (Fig. 13)."""
+    """Some concepts: activation in the cell UMAP (left), types of the active cells (right) (Fig. 13)."""
     fig, axes = plt.subplots(len(chosen), 2, figsize=(10, 3.1 * len(chosen)), layout="constrained", squeeze=False)
     colors = palette(concepts, level)
     for (left, right), j in zip(axes, chosen):
