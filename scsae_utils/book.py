@@ -236,6 +236,7 @@ def build(run: Path) -> Path:
     """
     from .atlas import write_mentions
     from .claims import claims_page, write_claims
+    from .problems import fill_messages
 
     run = run.resolve()  # Jupyter Book reads a relative path of the contents as one inside the source
     chapters = [run / "notebooks" / f"{name}.ipynb" for name in SECTIONS]
@@ -254,7 +255,7 @@ def build(run: Path) -> Path:
         write_mentions(run / "notebooks", data)
         (stage / "book" / "claims.md").write_text(claims_page(write_claims(run)))
         for path in (stage / "book").glob("*.md"):
-            path.write_text(fill_tables(path.read_text()))
+            path.write_text(fill_messages(fill_tables(path.read_text())))
         toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
         (stage / "notebooks" / "concepts").mkdir(parents=True)
         for notebook in chapters:
