@@ -1,10 +1,12 @@
 # make book | make test | make concept CONCEPT=17 | make help
 PROFILE ?= profiles/mini.yaml
+CLUSTER ?= local
+SHARDS ?= 1
 PYTHON ?= python3
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 RUN = runs/$(basename $(notdir $(PROFILE)))
 BIN = .venv/bin
-SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --config profile=$(PROFILE) --cores $(CORES) \
+SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --config profile=$(PROFILE) shards=$(SHARDS) --workflow-profile cluster/$(CLUSTER) --cores $(CORES) \
 	--quiet rules progress host reason --max-checksum-file-size 1000000000 --
 
 .PHONY: help book test concept lint clean
@@ -12,6 +14,7 @@ SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --config profile=$(P
 help:
 	@echo "make book                     execute the notebooks and render the book  [PROFILE=profiles/mini.yaml]"
 	@echo "make concept CONCEPT=17       add the page of a concept to the book; or GENE=LYZ, or CELL_TYPE=\"CD19+ B\""
+	@echo "make book CLUSTER=slurm SHARDS=16 CORES=8   the same as jobs of a cluster: see book/cluster.md"
 	@echo "make test                     run the tests"
 	@echo "make lint                     check the style of the code"
 	@echo "make clean                    delete all runs and books (not .venv)"
@@ -27,6 +30,15 @@ help:
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps scgpt==0.2.4  # the genuine package, as an oracle
 	touch $@
+
+.venv/installed-cluster: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cluster]'
+	touch $@
+
+# Kept out of the way of who needs none of it.
+ifneq ($(CLUSTER),local)
+book concept: .venv/installed-cluster
+endif
 
 book: .venv/installed
 	@$(SNAKEMAKE) book

@@ -1,6 +1,7 @@
 """The order of the notebooks: what each needs and what it makes. All of a run lies in runs/<profile>/.
 
 Run through the Makefile (`make book`), or: snakemake --cores 2 --config profile=profiles/mini.yaml
+With `shards=16` among the --config, the embedding and the attributions are 16 jobs each; see book/cluster.md.
 """
 
 from pathlib import Path
@@ -12,6 +13,9 @@ RUN = f"runs/{Path(config['profile']).stem}"
 P = load_profile(config["profile"])
 # The profile's path is filled in late: were it part of the rules' code, another path would rerun everything.
 EXECUTE = "export OMP_NUM_THREADS={threads} NUMBA_NUM_THREADS={threads}; python -m scsae_utils.book execute --profile {config[profile]} --run {RUN}"
+SHARDS = int(config.get("shards", 1))
+JOB = f"export OMP_NUM_THREADS={{threads}} NUMBA_NUM_THREADS={{threads}}; python -m scsae_utils.jobs --profile {{config[profile]}} --run {{RUN}}"
+GPU = {"gpu": 1} if P["embedding"]["device"] in ("auto", "cuda") else {}
 PAGES = sorted(Path(RUN, "notebooks", "concepts").glob("concept_*[0-9].ipynb"))  # made by `make concept`
 
 
@@ -25,6 +29,16 @@ def files(*names):
     folders = {"scgpt-mini": "scsae_utils/data/scgpt-mini"}
     paths = [Path(folders.get(name, name)) for name in names if name]
     return [str(f) for p in paths for f in ([p] if p.is_file() else sorted(p.glob("*.*")) if p.is_dir() else [])]
+
+
+def parts(stage):
+    """The parts of some long work, if it is split into jobs; if not, the notebook does it all."""
+    return [f"{RUN}/shards/{stage}_{k}_of_{SHARDS}.done" for k in range(SHARDS)] if SHARDS > 1 else []
+
+
+def more(amount):
+    """So much of a resource, and as much again with each attempt: a job may have failed for want of it."""
+    return lambda wildcards, attempt: amount * attempt
 
 
 rule book:
@@ -62,12 +76,15 @@ rule embedding:
     input:
         needs("01_embedding"),
         files(P["embedding"]["cells"], P["embedding"]["model"]),
+        parts("block"),
     output:
         f"{RUN}/notebooks/01_embedding.ipynb",
         f"{RUN}/embedded.h5ad",
     params:
         P["embedding"],
     threads: workflow.cores
+    resources:
+        **GPU,
     shell:
         EXECUTE + " 01_embedding"
 
@@ -110,6 +127,7 @@ rule case_study:
     input:
         needs("04_case_study"),
         f"{RUN}/concepts.h5ad",
+        f"{RUN}/evidence.parquet",
         files(P["case_study"]["descriptions"], P["case_study"]["collection"]),
     output:
         f"{RUN}/notebooks/04_case_study.ipynb",
@@ -125,6 +143,7 @@ rule concept_page:
     input:
         needs("04_case_study"),
         f"{RUN}/concepts.h5ad",
+        f"{RUN}/evidence.parquet",
         files(P["case_study"]["descriptions"], P["case_study"]["collection"]),
     output:
         f"{RUN}/notebooks/concepts/concept_{{number}}.ipynb",
@@ -156,6 +175,7 @@ rule drivers:
     input:
         needs("05b_drivers"),
         f"{RUN}/concepts.h5ad",
+        parts("confirm" if P["drivers"]["method"] == "screened" else "exact"),
     output:
         f"{RUN}/notebooks/05b_drivers.ipynb",
         f"{RUN}/drivers.parquet",
@@ -205,3 +225,57 @@ rule atlas:
     threads: workflow.cores
     shell:
         EXECUTE + " 07_atlas"
+
+
+if SHARDS > 1:
+
+    rule shard_cells:
+        """Cells and genes, chosen once for all jobs."""
+        input:
+            modules("01_embedding"),
+            "scsae_utils/jobs.py",
+            files(P["embedding"]["cells"], P["embedding"]["model"]),
+        output:
+            f"{RUN}/shards/cells.h5ad",
+        params:
+            P["embedding"],
+        resources:
+            mem_mb=more(32000),
+            runtime=more(120),
+        shell:
+            JOB + " cells"
+
+    rule shard_embedding:
+        """A part of the cells, embedded."""
+        input:
+            f"{RUN}/shards/cells.h5ad",
+        output:
+            touch(f"{RUN}/shards/block_{{part}}_of_{SHARDS}.done"),
+        threads: workflow.cores
+        resources:
+            mem_mb=more(8000),
+            runtime=more(240),
+            **GPU,
+        shell:
+            JOB + " block --part {wildcards.part} --of {SHARDS}"
+
+    rule shard_attribution:
+        """A part of the prototypes: genes screened, confirmed (when all are screened) or all of them exact."""
+        input:
+            modules("05b_drivers"),
+            "scsae_utils/jobs.py",
+            f"{RUN}/concepts.h5ad",
+            lambda wildcards: parts("screen") if wildcards.stage == "confirm" else [],
+        output:
+            touch(f"{RUN}/shards/{{stage}}_{{part}}_of_{SHARDS}.done"),
+        wildcard_constraints:
+            stage="exact|screen|confirm",
+        params:
+            P["drivers"],
+        threads: workflow.cores
+        resources:
+            mem_mb=more(16000),
+            runtime=more(240),
+            **GPU,
+        shell:
+            JOB + " {wildcards.stage} --part {wildcards.part} --of {SHARDS}"

@@ -302,6 +302,13 @@ def best_concept_for_type(concepts: AnnData, cell_type: str) -> int:
     return number(scores.idxmax())
 
 
+def concepts_to_attribute(concepts: AnnData, n: int | None, cell_type: str) -> tuple[list[int], int]:
+    """Numbers of ``n`` kept concepts, evenly spread (None: all), and of the best one for a cell type, always in."""
+    surviving, example = [number(name) for name in kept(concepts).var_names], best_concept_for_type(concepts, cell_type)
+    chosen = np.linspace(0, len(surviving) - 1, n or len(surviving)).round().astype(int)
+    return sorted({surviving[i] for i in chosen} | {example}), example
+
+
 def one_of_each(concepts: AnnData, n: int = 4) -> list[int]:
     """Numbers of ``n`` kept concepts that show the kinds in turn, the clearest first.
 

@@ -25,7 +25,10 @@ def canonical(name):
 def test_every_direct_dependency_has_an_exact_version_and_it_is_installed():
     extras = PYPROJECT["project"]["optional-dependencies"]
     pinned = {canonical(name): number for name, number in CONSTRAINTS.items()}
-    direct = [canonical(d) for d in [*PYPROJECT["project"]["dependencies"], *extras["test"], *extras["tools"]]]
+    direct = [
+        canonical(d)
+        for d in [*PYPROJECT["project"]["dependencies"], *extras["test"], *extras["tools"], *extras["cluster"]]
+    ]
     assert not set(direct) - set(pinned)
     for name in (canonical(d) for d in [*PYPROJECT["project"]["dependencies"], *extras["test"]]):
         assert version(name).split("+")[0] == pinned[name], name
@@ -57,3 +60,17 @@ def test_make_without_a_concept_says_what_to_give():
     ).stdout
     for command in ("make book", "make test", "make concept CONCEPT=17"):
         assert command in help_text
+
+
+def test_citation_and_address_are_the_same_everywhere():
+    """The repository's address is set in _config.yml; where else it has to stand, it is the same."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    address = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
+    assert citation["repository-code"] == address
+    assert citation["version"] == PYPROJECT["project"]["version"]
+    page = (ROOT / "book" / "cite.md").read_text()
+    for part in (citation["title"], citation["version"], address, citation["authors"][0]["name"]):
+        assert f"{{{part}}}" in page
+    paper = citation["references"][0]
+    assert all(author["family-names"] in page for author in paper["authors"])
+    assert paper["title"] == re.search(r"title += \{(.*)\},", page)[1].replace("{", "").replace("}", "")
