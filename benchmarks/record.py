@@ -1,28 +1,13 @@
 """What all benchmarks share: the machine, the versions, and one JSON file for each benchmark's last result."""
 
 import json
-import os
-import platform
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from scsae_utils.provenance import machine
+
 RESULTS = Path(__file__).parent / "results"
-
-
-def machine() -> dict:
-    """The processor, its cores and the threads that were used."""
-    import torch
-
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    about = {
-        "processor": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-    }
-    return about | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -120,6 +120,8 @@ def execute(notebook: Path, output: Path, values: dict) -> None:
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
+    from .provenance import made_with
+
     unknown = set(values) - set(parameters(notebook))
     if unknown:
         raise ValueError(
@@ -140,6 +142,9 @@ def execute(notebook: Path, output: Path, values: dict) -> None:
             f"The notebook as far as it came: {failed}"
         )
     check_executed(failed)
+    content = json.loads(failed.read_text())
+    content["metadata"]["provenance"] = made_with(values)
+    failed.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     failed.replace(output)
 
 
@@ -237,6 +242,7 @@ def build(run: Path) -> Path:
     from .atlas import write_mentions
     from .claims import claims_page, write_claims
     from .problems import fill_messages
+    from .provenance import provenance_page, write_provenance
 
     run = run.resolve()  # Jupyter Book reads a relative path of the contents as one inside the source
     chapters = [run / "notebooks" / f"{name}.ipynb" for name in SECTIONS]
@@ -253,6 +259,7 @@ def build(run: Path) -> Path:
         data = stage / "book" / "_extra" / "atlas" / "data"
         shutil.copytree(run / "atlas", data)
         write_mentions(run / "notebooks", data)
+        (stage / "book" / "provenance.md").write_text(provenance_page(write_provenance(run, chapters)))
         (stage / "book" / "claims.md").write_text(claims_page(write_claims(run)))
         for path in (stage / "book").glob("*.md"):
             path.write_text(fill_messages(fill_tables(path.read_text())))

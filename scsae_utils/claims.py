@@ -7,16 +7,14 @@ and what was filled in can be read back from the executed notebook.
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
 import re
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
 
 from .book import ROOT, SECTIONS, load_profile
+from .provenance import code_version, sha256, versions
 
 # Digits that are names and no results: F1, bfloat16, [](../notebooks/01_embedding.ipynb), Figure 2f, (paper: 304).
 NAMES = "|".join(
@@ -90,35 +88,18 @@ def read_claims(notebook: Path) -> list[dict]:
 
 
 def provenance(run: Path) -> dict:
-    """What a run was computed from: cells, weights, configuration, code, versions.
+    """The cells and the dictionary that the claims are about, the code and the packages; see :mod:`.provenance`.
 
     ``cells`` and ``dictionary`` are SHA-256 of the run's files; ``commit`` is of the repository, ``changed`` lists the
     files that differ from it. Both are empty where there is no repository.
     """
-
-    def git(*words: str) -> str:
-        try:
-            return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-
-    def sha(path: Path) -> str:
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-
-    def installed(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return ""
-
     profile = ROOT / "profiles" / f"{run.name}.yaml"
+    files = {"cells": run / "embedded.h5ad", "dictionary": run / "sae.safetensors"}
     return {
-        "cells": sha(run / "embedded.h5ad"),
-        "dictionary": sha(run / "sae.safetensors"),
+        **{name: sha256(path) if path.is_file() else "" for name, path in files.items()},
         "profile": load_profile(profile) if profile.is_file() else {},
-        "commit": git("rev-parse", "HEAD"),
-        "changed": [line[3:] for line in git("status", "--porcelain").splitlines()],
-        "versions": {name: installed(name) for name in PACKAGES},
+        **code_version(),
+        "versions": {name: number for name, number in versions().items() if name in PACKAGES},
     }
 
 
@@ -146,7 +127,7 @@ def claims_page(path: Path) -> str:
         f"- commit: `{about['commit'][:12] or 'unknown'}`"
         + (" and changes that were not committed" if about["changed"] else ""),
         f"- cells: SHA-256 `{about['cells'][:16]}`, dictionary: `{about['dictionary'][:16]}`",
-        f"- versions: {', '.join(f'{k} {v}' for k, v in about['versions'].items() if v)}",
+        f"- versions: {', '.join(f'{k} {v}' for k, v in about['versions'].items())}",
         "",
         "````{dropdown} The profile",
         "```yaml",
@@ -157,7 +138,8 @@ def claims_page(path: Path) -> str:
     for chapter in dict.fromkeys(claim["chapter"] for claim in known["claims"]):
         lines += ["", f"## [](../notebooks/{chapter}.ipynb)"]
         for claim in (c for c in known["claims"] if c["chapter"] == chapter):
-            text = re.sub(r"\]\((?=\w+\.ipynb)", "](../notebooks/", claim["text"])  # the page lies in another folder
+            text = claim["text"].replace("](#", f"]({chapter}.ipynb#")
+            text = re.sub(r"\]\((?=\w+\.ipynb)", "](../notebooks/", text)  # the page lies in another folder
             lines += ["", *(f"> {line}" for line in text.splitlines()), ""]
             shown = "; ".join(f"{code(e)} = {plain(v)}" for e, v in claim["values"])
             lines += ["```{dropdown} computed by", ":class-container: computed", "", shown, "```"]

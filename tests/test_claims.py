@@ -71,11 +71,11 @@ def test_claims_of_a_run_have_their_provenance(tmp_path):
     (run / "notebooks").mkdir(parents=True)
     for name in SECTIONS:
         notebook(run / "notebooks" / f"{name}.ipynb", ("code", SOURCE), outputs=[markdown("And few more.")])
-    link = 'display(Markdown(f"{n} of them: see [](06_evidence.ipynb) and [](../book/data.md)."))'
+    link = 'display(Markdown(f"{n} of them: see [](06_evidence.ipynb), [](../book/data.md) and [there](#what)."))'
     notebook(
         run / "notebooks/03_concept_taxonomy.ipynb",
         ("code", link),
-        outputs=[markdown("8 of them: see [](06_evidence.ipynb) and [](../book/data.md).")],
+        outputs=[markdown("8 of them: see [](06_evidence.ipynb), [](../book/data.md) and [there](#what).")],
     )
     (run / "sae.safetensors").write_bytes(b"abc")
     written = json.loads(claims.write_claims(run).read_text())
@@ -84,7 +84,8 @@ def test_claims_of_a_run_have_their_provenance(tmp_path):
     assert about["dictionary"].startswith("ba7816bf") and about["cells"] == ""  # SHA-256 of "abc"; no such file
     assert about["profile"]["sae"]["n_concepts"] > 0 and about["versions"]["torch"].startswith("2.")
     page = claims.claims_page(run / "claims.json")
-    assert "> 8 of them: see [](../notebooks/06_evidence.ipynb) and [](../book/data.md)." in page
+    links = "[](../notebooks/06_evidence.ipynb), [](../book/data.md)"
+    assert f"> 8 of them: see {links} and [there](../notebooks/03_concept_taxonomy.ipynb#what)." in page
     assert page.count("> And few more.") == len(SECTIONS) - 1 and "``'many' if n > 3 else 'few'`` = few" in page
 
 
