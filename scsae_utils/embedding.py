@@ -22,6 +22,7 @@ from .shards import Part, Shards, named_folder
 BATCH_TOKENS = 8192  # larger batches are slower on a CPU: each layer's new memory has to be paged in
 PADDED_TOKENS = 4096  # of a batch of cells that differ in length: the smaller it is, the less padding is computed
 BLOCK_CELLS = 4096  # cells that are read, embedded and kept at a time
+UMAP_CELLS = 30_000  # cells that a map is laid out by; the others are placed among them
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -410,7 +411,23 @@ def close_store(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
-def add_umap(adata: AnnData, seed: int = 0) -> None:
-    """UMAP of the cell embeddings, in ``obsm["X_umap"]``."""
-    sc.pp.neighbors(adata, use_rep="X_scGPT", n_neighbors=15, random_state=seed)
-    sc.tl.umap(adata, random_state=seed)
+def add_umap(adata: AnnData, seed: int = 0, max_cells: int = UMAP_CELLS) -> None:
+    """UMAP of the cell embeddings, in ``obsm["X_umap"]``.
+
+    Of more than ``max_cells`` cells, a random sample of so many is laid out, with scanpy's settings; the others are
+    placed among them by ``umap.UMAP.transform``, which moves none of the sample.
+    """
+    if adata.n_obs <= max_cells:
+        sc.pp.neighbors(adata, use_rep="X_scGPT", n_neighbors=15, random_state=seed)
+        sc.tl.umap(adata, random_state=seed)
+        return
+    from umap import UMAP  # slow to import, and only needed here
+
+    order = np.random.default_rng(seed).permutation(adata.n_obs)
+    sample, rest = np.sort(order[:max_cells]), np.sort(order[max_cells:])
+    X, place = adata.obsm["X_scGPT"], np.empty((adata.n_obs, 2), np.float32)
+    layout = UMAP(n_neighbors=15, min_dist=0.5, random_state=seed, n_jobs=1).fit(X[sample])
+    place[sample] = layout.embedding_
+    for rows in np.array_split(rest, range(BLOCK_CELLS, len(rest), BLOCK_CELLS)):
+        place[rows] = layout.transform(X[rows])
+    adata.obsm["X_umap"] = place

@@ -22,13 +22,19 @@ def knn_transfer(X: np.ndarray, labels, X_new: np.ndarray, labels_new, k: int = 
     return float((vote.predict(X_new) == np.asarray(labels_new, str)).mean())
 
 
-def principal_components(adata: AnnData, n: int = 50, fit_on=slice(None)) -> np.ndarray:
-    """(n_cells, n) principal components of the scaled log expression, fitted on the rows ``fit_on``."""
-    X = adata.X.toarray()
-    scaler = StandardScaler().fit(X[fit_on])
-    X = np.clip(scaler.transform(X), -10, 10)
-    n = min(n, *(size - 1 for size in X[fit_on].shape))
-    return PCA(n, random_state=0).fit(X[fit_on]).transform(X).astype(np.float32)
+def principal_components(adata: AnnData, n: int = 50, fit_on=slice(None), max_cells: int = 20_000) -> np.ndarray:
+    """(n_cells, n) principal components of the scaled log expression, fitted on the rows ``fit_on``.
+
+    Of these at most ``max_cells``, drawn at random, so that no more cells than that are dense at a time.
+    """
+    rows = np.arange(adata.n_obs)[fit_on]
+    if len(rows) > max_cells:
+        rows = np.sort(np.random.default_rng(0).permutation(rows)[:max_cells])
+    X = adata.X[rows].toarray()
+    scaler, n = StandardScaler().fit(X), min(n, *(size - 1 for size in X.shape))
+    pca = PCA(n, random_state=0).fit(np.clip(scaler.transform(X), -10, 10))
+    blocks = (adata.X[i : i + max_cells].toarray() for i in range(0, adata.n_obs, max_cells))
+    return np.vstack([pca.transform(np.clip(scaler.transform(X), -10, 10)).astype(np.float32) for X in blocks])
 
 
 def random_embedding(adata: AnnData, model: ScGPT, seed: int = 0) -> np.ndarray:
@@ -65,12 +71,15 @@ def embedding_noise(adata: AnnData, model: CellEncoder, seed: int = 0, n_cells: 
     )
 
 
-def compare_embeddings(adata: AnnData, model: ScGPT, k: int = 15) -> pd.DataFrame:
+def compare_embeddings(adata: AnnData, model: ScGPT, k: int = 15, max_cells: int = 20_000) -> pd.DataFrame:
     """Accuracy of cell types by nearest neighbours: the model, 50 principal components, random weights.
 
     Columns: each study by itself (low-level types, leave-one-out), then each study with the neighbours taken from the
     others (mid-level types that both have; components are fitted on the others). Cells without a label are left out.
+    Of more than ``max_cells`` cells, so many are compared, drawn at random.
     """
+    if adata.n_obs > max_cells:
+        adata = adata[np.sort(np.random.default_rng(0).permutation(adata.n_obs)[:max_cells])].copy()
     random = random_embedding(adata, model)
     study = adata.obs["study"].astype(str).to_numpy()
     low, mid = (adata.obs[LEVELS[level]].astype(str).to_numpy() for level in ("low", "mid"))

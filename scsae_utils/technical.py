@@ -28,6 +28,7 @@ from .cells import LEVELS, UNASSIGNED
 
 log = logging.getLogger(__name__)
 
+DENSE = 10_000_000  # activations of cells and concepts that are ranked at a time: some arrays of 80 MB
 GROUPS = ("study", "donor", "tissue", "batch")  # columns of obs that say where a cell is from
 # Genes of the cell cycle from Tirosh et al. 2016 (Science 352:189), with the present symbols beside the old ones.
 CELL_CYCLE = {
@@ -121,16 +122,18 @@ def within_strata(U, X: pd.DataFrame, strata, min_informative: int = 10) -> pd.D
         n = len(rows)
         if n < 2:
             continue
-        activation = U[rows].toarray()
-        u = rankdata(activation, axis=0) - (n + 1) / 2
         x = rankdata(X.to_numpy(float)[rows], axis=0) - (n + 1) / 2
-        up, down, weight = np.sort(u, axis=0).T, np.sort(x, axis=0), (n + 1) ** -2.0
-        score += weight * (u.T @ x)
-        best += weight * (up @ down)
-        worst += weight * (up @ down[::-1])
-        variance += weight**2 * np.outer((u**2).sum(0), (x**2).sum(0)) / (n - 1)
-        active = (activation > 0).sum(0)
-        informative += np.outer(np.minimum(active, n - active), x.any(axis=0))
+        down, weight = np.sort(x, axis=0), (n + 1) ** -2.0
+        for columns in np.array_split(np.arange(shape[0]), n * shape[0] // DENSE + 1):
+            activation = U[rows][:, columns].toarray()
+            u = rankdata(activation, axis=0) - (n + 1) / 2
+            up = np.sort(u, axis=0).T
+            score[columns] += weight * (u.T @ x)
+            best[columns] += weight * (up @ down)
+            worst[columns] += weight * (up @ down[::-1])
+            variance[columns] += weight**2 * np.outer((u**2).sum(0), (x**2).sum(0)) / (n - 1)
+            active = (activation > 0).sum(0)
+            informative[columns] += np.outer(np.minimum(active, n - active), x.any(axis=0))
     largest = np.where(score >= 0, best, -worst)
     told = (informative >= min_informative) & (variance > 0)
     with np.errstate(divide="ignore", invalid="ignore"):

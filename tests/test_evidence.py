@@ -94,6 +94,14 @@ class TestWithinStrata:
         p = within_strata(U, x, rng.integers(4, size=300))["p_value"]
         assert kstest(p, "uniform").pvalue > 0.01 and (p < 0.05).mean() == pytest.approx(0.05, abs=0.03)
 
+    def test_many_concepts_are_ranked_in_parts(self, monkeypatch):
+        rng = np.random.default_rng(2)
+        U, x = sparse.random(90, 12, 0.3, random_state=2), pd.DataFrame(rng.random((90, 2)), columns=["x", "y"])
+        strata = rng.integers(3, size=90)
+        whole = within_strata(U, x, strata, 1)
+        monkeypatch.setattr("scsae_utils.technical.DENSE", 100)
+        pd.testing.assert_frame_equal(within_strata(U, x, strata, 1), whole)
+
     def test_studies_that_differ_within_a_type_are_found(self):
         """Three studies: the p-value counts that three were tried."""
         study = np.tile(["one", "two", "three"], 40)

@@ -53,6 +53,16 @@ def test_principal_components_are_fitted_on_the_given_cells_alone():
     assert abs(a[30:] - b[30:]).max() > 0.1
 
 
+def test_principal_components_of_many_cells_are_fitted_on_a_sample_and_computed_in_blocks():
+    """Three directions and hardly any noise: any 60 cells show the same ones."""
+    rng = np.random.default_rng(0)
+    X = (rng.gamma(2, size=(200, 3)) @ rng.gamma(1, size=(3, 12))).astype(np.float32)
+    whole, parts = (principal_components(AnnData(sparse.csr_matrix(X)), 3, max_cells=m) for m in (1000, 60))
+    assert parts.shape == (200, 3) and abs(whole - parts).max() > 0
+    shared = np.linalg.svd(np.linalg.qr(whole - whole.mean(0))[0].T @ np.linalg.qr(parts - parts.mean(0))[0])[1]
+    assert shared.min() > 0.99
+
+
 def test_random_weights_are_another_network_and_the_same_each_time(embedded, tiny_model):
     first, again = (random_embedding(embedded, tiny_model, seed=3) for _ in range(2))
     np.testing.assert_array_equal(first, again)
