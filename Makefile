@@ -1,5 +1,6 @@
 # make book | make test | make concept CONCEPT=17 | make help
 PROFILE ?= profiles/mini.yaml
+override PROFILE := $(if $(findstring /,$(PROFILE)),$(PROFILE),profiles/$(PROFILE:.yaml=).yaml)
 CLUSTER ?= local
 SHARDS ?= 1
 PYTHON ?= python3
@@ -9,13 +10,15 @@ BIN = .venv/bin
 SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --config profile=$(PROFILE) shards=$(SHARDS) --workflow-profile cluster/$(CLUSTER) --cores $(CORES) \
 	--quiet rules progress host reason --max-checksum-file-size 1000000000 --
 
-.PHONY: help book test concept lint clean
+.PHONY: help book test test-slurm concept fetch lint clean
 
 help:
 	@echo "make book                     execute the notebooks and render the book  [PROFILE=profiles/mini.yaml]"
 	@echo "make concept CONCEPT=17       add the page of a concept to the book; or GENE=LYZ, or CELL_TYPE=\"CD19+ B\""
 	@echo "make book CLUSTER=slurm SHARDS=16 CORES=8   the same as jobs of a cluster: see book/cluster.md"
+	@echo "make fetch PROFILE=atlas      get the cells, the model and the texts that a profile names"
 	@echo "make test                     run the tests"
+	@echo "make test-slurm               run the tiny profile through a SLURM on this machine (needs slurm-wlm, munge, root)"
 	@echo "make lint                     check the style of the code"
 	@echo "make clean                    delete all runs and books (not .venv)"
 
@@ -29,6 +32,10 @@ help:
 .venv/installed-test: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps scgpt==0.2.4  # the genuine package, as an oracle
+	touch $@
+
+.venv/installed-fetch: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fetch]'
 	touch $@
 
 .venv/installed-cluster: .venv/installed
@@ -51,6 +58,12 @@ concept: .venv/installed
 		&& $(SNAKEMAKE) $(RUN)/notebooks/concepts/concept_$$number.ipynb \
 		&& $(SNAKEMAKE) book \
 		&& echo "The page: $(CURDIR)/$(RUN)/book/notebooks/concepts/concept_$$number.html"
+
+fetch: .venv/installed-fetch
+	@$(BIN)/python -m scsae_utils.fetch --profile $(PROFILE)
+
+test-slurm: .venv/installed-cluster
+	$(BIN)/python tools/slurm_test.py
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest

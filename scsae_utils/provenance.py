@@ -86,6 +86,7 @@ def inputs(values: dict) -> dict[str, str]:
         url = value.partition("#")[0] if "://" in value else None
         path = cache_folder() / unique_file_name(url) if url else ROOT / value
         files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+        files = [file for file in files if file.suffix != ".sha256"]  # records of `make fetch`
         found |= {value if file == path else f"{value}/{file.name}": sha256(file) for file in files}
     return found
 

@@ -27,7 +27,13 @@ def test_every_direct_dependency_has_an_exact_version_and_it_is_installed():
     pinned = {canonical(name): number for name, number in CONSTRAINTS.items()}
     direct = [
         canonical(d)
-        for d in [*PYPROJECT["project"]["dependencies"], *extras["test"], *extras["tools"], *extras["cluster"]]
+        for d in [
+            *PYPROJECT["project"]["dependencies"],
+            *extras["test"],
+            *extras["tools"],
+            *extras["cluster"],
+            *extras["fetch"],
+        ]
     ]
     assert not set(direct) - set(pinned)
     for name in (canonical(d) for d in [*PYPROJECT["project"]["dependencies"], *extras["test"]]):
