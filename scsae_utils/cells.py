@@ -23,7 +23,9 @@ log = logging.getLogger(__name__)
 
 LEVELS = {"low": "cell_type", "mid": "cell_type_mid", "high": "cell_type_high"}
 UNASSIGNED = "Unassigned"
-PLAIN = {"<": "‹", ">": "›", "`": "'"}  # labels of a file end up in pages of a book, and must not be markup there
+# Labels and names of a file end up in pages of a book, and must not be markup there.
+PLAIN = str.maketrans({"<": "‹", ">": "›", "`": "'"})
+DATE = r"(?i)\d{1,2}-(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)|\d{4}-\d\d-\d\d.*"  # SEPT2 in a spreadsheet
 TARGET_SUM = 1e4  # counts per cell before the logarithm
 
 # Low-level label: (mid, high), in the words of the paper's Table 1 where it has them ("Myeloid" for its "Myeloblast").
@@ -191,6 +193,8 @@ def check_values(adata: AnnData) -> str:
             "X holds negative values, so it is scaled or corrected data; scGPT needs counts or log1p values"
         )
     if (values == np.rint(values)).all():
+        if values.max(initial=0) > 1e9:
+            raise ValueError(f"X holds values up to {values.max():.3g}, which no count reaches: give raw counts")
         return "counts"
     if values.max() > 20:
         raise ValueError(
@@ -225,16 +229,29 @@ def describe(adata: AnnData, path: Path, columns: dict[str, str | None]) -> tupl
             )
         log.warning("genes are Ensembl ids; symbols taken from var[%r]", column)
         symbols = pd.Index(adata.var[column].astype(object).where(adata.var[column].notna(), symbols).astype(str))
-    labels = {new: adata.obs[old].astype(object).fillna(UNASSIGNED) for new, old in columns.items() if old}
-    obs = pd.DataFrame(labels).astype(str).replace(PLAIN, regex=True)
-    obs.index = adata.obs_names.astype(str).str.translate(str.maketrans(PLAIN))
+    symbols = symbols.str.strip().str.translate(PLAIN)
+    dates = symbols[symbols.str.fullmatch(DATE)]
+    if len(dates):
+        log.warning(
+            "%d genes are named like dates (%s): did a spreadsheet rename them?", len(dates), ", ".join(dates[:3])
+        )
+    obs = pd.DataFrame({new: plain_labels(adata.obs[old]) for new, old in columns.items() if old})
+    obs.index = adata.obs_names.astype(str).str.translate(PLAIN)
     if not obs.index.is_unique:
         raise ValueError(f"{obs.index.duplicated().sum()} cell names occur more than once: make obs_names unique")
-    return obs.assign(**({} if columns["study"] else {"study": path.stem})), symbols
+    return obs.assign(**({} if columns["study"] else {"study": path.stem.translate(PLAIN)})), symbols
+
+
+def plain_labels(labels: pd.Series) -> pd.Series:
+    """Labels as text on one line that is no markup; where there is none, :data:`UNASSIGNED`."""
+    names = labels.astype(object).where(labels.notna(), "").astype(str)
+    return names.str.translate(PLAIN).str.split().str.join(" ").replace("", UNASSIGNED)
 
 
 def as_csr(X, path: Path) -> sparse.csr_matrix:
     """Expression as float32 CSR without stored zeros; refuses a damaged matrix."""
+    if X.dtype.kind not in "biuf":
+        raise ValueError(f"X of {path} holds values of type {X.dtype}, not numbers")
     if sparse.issparse(X):
         try:  # indices that lead out of the matrix would crash the process, or give other values than the file's
             X.check_format(full_check=True)
@@ -264,21 +281,36 @@ def complete(obs: pd.DataFrame) -> None:
         obs[column] = pd.Categorical(obs[column].astype(str))
 
 
-def known_genes(symbols: pd.Index, genes) -> np.ndarray:
-    """Mask of the symbols that are among ``genes``."""
+def match_genes(symbols: pd.Index, genes) -> tuple[pd.Index, np.ndarray]:
+    """The symbols, in the capitals of ``genes`` where only these differ, and the mask of those among ``genes``.
+
+    Raises
+    ------
+    ValueError
+        If fewer than ten are, or if more differ by their capitals: these are another species' genes.
+    """
+    genes = set(genes)
+    spelled = {gene.upper(): gene for gene in genes}
     known = symbols.isin(list(genes))
-    if known.sum() < 10:
+    other = {symbol: spelled[symbol.upper()] for symbol in symbols[~known] if symbol.upper() in spelled}
+    if known.sum() < 10 or len(other) > known.sum():
         raise ValueError(
             f"only {known.sum()} of {len(symbols)} genes are among the genes to keep (first: {', '.join(symbols[:3])})"
+            + "".join(
+                f"; {len(other)} more would be in other capitals ({a}: {b}): bring genes of mice or rats to their "
+                "human orthologues, and human symbols to their usual capitals"
+                for a, b in list(other.items())[:1]
+            )
         )
-    return known
+    symbols = rename(symbols, other)
+    return symbols, symbols.isin(list(genes))
 
 
 def load_h5ad(path: Path, columns: dict[str, str | None]) -> AnnData:
     """Read and check a file of cells, whole; ``columns``: see :func:`describe`."""
     try:
         adata = ad.read_h5ad(path)
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # h5py and anndata raise whatever the bytes of others lead to
         raise ValueError(f"{path} is not an .h5ad file that anndata can read: {error}") from error
     obs, symbols = describe(adata, path, columns)
     if adata.X is None:
@@ -374,7 +406,8 @@ def load_cells(
     if aliases:
         adata.var_names = rename(adata.var_names, aliases)
     if genes is not None:
-        adata = adata[:, known_genes(adata.var_names, genes)].copy()
+        adata.var_names, known = match_genes(adata.var_names, genes)
+        adata = adata[:, known].copy()
     if n_top_genes is not None and n_top_genes < adata.n_vars:
         batch = "study" if adata.obs["study"].nunique() > 1 else None
         sc.pp.highly_variable_genes(adata, n_top_genes=n_top_genes, batch_key=batch)

@@ -6,6 +6,7 @@ the third keeps the chosen genes. The result is what the same cells give in memo
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from .cells import (
     complete,
     describe,
     first_of_symbol,
-    known_genes,
+    match_genes,
     normalise,
     rename,
 )
@@ -43,7 +44,7 @@ def is_large(path: Path) -> bool:
             X = file["X"]
             by_gene = X.attrs.get("encoding-type") == "csc_matrix"
             large = (X["data"] if isinstance(X, h5py.Group) else X).size >= LARGE
-    except (OSError, KeyError):
+    except Exception:
         return False  # the reader of small files says what is wrong
     if large and by_gene:
         log.warning("%s keeps its expression by gene (CSC), so it is read whole; CSR is read in blocks", path.name)
@@ -60,7 +61,7 @@ class Blocks:
             X = self.file["X"]
             self.X = ad.io.sparse_dataset(X) if isinstance(X, h5py.Group) else X
             self.table = AnnData(obs=ad.io.read_elem(self.file["obs"]), var=ad.io.read_elem(self.file["var"]))
-        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except Exception as error:  # h5py and anndata raise whatever the bytes of others lead to
             raise ValueError(f"{path} is not an .h5ad file with X that anndata can read: {error}") from error
         if getattr(self.X, "format", "csr") != "csr":
             raise ValueError(f"{path} keeps its expression by gene (CSC): write it as CSR to read it by cells")
@@ -75,9 +76,10 @@ class Blocks:
                 rows = slice(start, min(start + BLOCK, n))
                 try:
                     X = self.X[rows]
-                except (OSError, ValueError, IndexError) as error:
+                except Exception as error:
                     raise ValueError(f"{self.path} is damaged: cells {start} to {rows.stop}: {error}") from error
                 yield rows, as_csr(X, self.path)
+                gc.collect()  # an AnnData refers to itself: those of earlier blocks would wait in memory
                 bar.update(rows.stop - start)
 
     def survey(self) -> tuple[str, np.ndarray, np.ndarray]:
@@ -201,7 +203,14 @@ class Panel:
             ad.io.write_elem(self.file, name, each)
         self.file.close()
         self.part.replace(self.out)
-        return AnnData(obs=obs, var=var, uns=uns, filename=self.out, filemode="r")
+        return open_panel(self.out)
+
+
+def open_panel(path: str | Path) -> AnnData:
+    """Cells of a file that :func:`~scsae_utils.load_cells` filled (``out``): ``X`` stays there, layers are not read."""
+    with h5py.File(path) as file:
+        tables = {name: ad.io.read_elem(file[name]) for name in ("obs", "var", "uns")}
+    return AnnData(**tables, filename=path, filemode="r")
 
 
 def load_blocks(
@@ -222,7 +231,7 @@ def load_blocks(
     complete(obs)
     unique = first_of_symbol(symbols, totals)
     names = rename(symbols[unique], aliases or {})
-    known = np.ones(len(names), bool) if genes is None else known_genes(names, genes)
+    names, known = (names, np.ones(len(names), bool)) if genes is None else match_genes(names, genes)
     var = pd.DataFrame(index=names[known])
 
     def ready(what: str) -> Iterator[tuple[np.ndarray, AnnData]]:

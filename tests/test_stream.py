@@ -1,5 +1,8 @@
 """Large files: what is read in blocks is what the same cells give in memory."""
 
+import subprocess
+import sys
+from pathlib import Path
 
 import anndata as ad
 import h5py
@@ -168,3 +171,36 @@ class TestRefusals:
     def test_packaged_cells_fill_no_file(self, tmp_path):
         with pytest.raises(ValueError, match="for files"):
             load_cells("mini", out=tmp_path / "panel.h5ad")
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from scsae_utils import cells, stream
+
+def highest():  # resident set of this process so far, in MB
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e3
+
+def grown(path, **out):
+    before = highest()
+    cells.load_cells(path, label="label", study="donor", n_top_genes=60, **out)
+    return highest() - before
+
+stream.BLOCK = 512
+small, large, out = sys.argv[1:]
+grown(small, out=out)  # what is compiled and imported
+print(grown(large, out=out), grown(large))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
+def test_a_file_is_never_whole_in_memory(h5ad, tmp_path):
+    """16,000 cells in 32 blocks: less grows than the matrix itself; in memory, it is there more than twice."""
+    small = h5ad().rename(tmp_path / "small.h5ad")
+    X = sparse.vstack([sparse.hstack([counts(1000, seed) for seed in range(10)], "csr")] * 16, "csr")
+    large = h5ad(X, symbols=[f"GENE{i}" for i in range(4000)])
+    command = [sys.executable, "-c", MEASURE, small, large, tmp_path / "out.h5ad"]
+    child = subprocess.run(command, capture_output=True, text=True, check=True)
+    in_blocks, whole = map(float, child.stdout.split())
+    size = (X.data.nbytes + X.indices.nbytes) / 1e6
+    assert in_blocks < size and whole > 2 * size, (in_blocks, whole, size)
