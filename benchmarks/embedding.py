@@ -146,12 +146,12 @@ def row(device: str, who: str, results: list[dict], peak: dict, lengths: np.ndar
     return out
 
 
-def flops(lengths: np.ndarray, d: int = 512, hidden: int = 512, layers: int = 12) -> float:
+def flops(lengths: np.ndarray, d: int = 512, hidden: int = 512, layers: int = 12, heads: int = 8) -> float:
     """Operations of all cells' matrix products: no padding, and of the last layer only what ``<cls>`` needs."""
     n = lengths.astype(float)
     value = 2 * n * d * d
     layer = 2 * n * (4 * d * d + 2 * d * hidden) + 4 * n * n * d
-    last = 2 * n * 2 * d * d + 2 * (2 * d * d + 2 * d * hidden) + 4 * n * d
+    last = 2 * (4 * d * d + 2 * d * hidden) + 4 * n * heads * d
     return float((value + (layers - 1) * layer + last).sum())
 
 
