@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 
 import pytest
 import yaml
@@ -25,6 +26,66 @@ def test_notebook_is_thin_and_clean(path):
         assert sum(bool(line.strip()) for line in source.splitlines()) <= 30
         defined = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
         assert not defined, f"{path.stem} defines {defined[0].name}: code belongs in a module"
+
+
+def cells(path):
+    """Kind, tags and source of each cell."""
+    found = json.loads(path.read_text())["cells"]
+    return [(c["cell_type"], c["metadata"].get("tags", []), "".join(c["source"])) for c in found]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_chapter_teaches(path):
+    """Goals, what to know before, time; terms of the glossary; exercises with solutions; takeaways; what to try."""
+    first, *rest = cells(path)
+    for part in ("# ", "**You will learn**\n- ", "**You need** ", "**Time**: ", book.RAN):
+        assert part in first[2]
+    prose = "\n".join(source for kind, _, source in cells(path) if kind == "markdown")
+    assert prose.count("{term}`") >= 4 and "```{margin}" in prose
+
+    numbers = []
+    for (kind, _, source), (next_kind, tags, solution) in zip(rest, rest[1:]):
+        if kind == "markdown" and (number := re.search(r"^\*\*(\d)\.\*\*", source, re.M)):
+            numbers.append(int(number[1]))
+            assert next_kind == "code" and "hide-cell" in tags and "**Solution.**" in solution
+    assert len(numbers) >= 2 and numbers == list(range(1, len(numbers) + 1))
+
+    sources = [source for _, _, source in rest]
+    assert "](#" in next(s for s in sources[::-1] if re.search(r"^- ", s, re.M)), "takeaways lead to their sections"
+    assert re.search(r"^\*\*Now you\.\*\* [^$]*[Ee]xpect", sources[-1], re.M)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_figure_has_a_caption(path):
+    """Just before it or just after it; and a function with a docstring that can be its alternative text."""
+    around = cells(path)
+    for i, (kind, _, source) in enumerate(around):
+        drawn = re.findall(r"^\s*plots\.(?!set_style)\w+\(", source, re.M) if kind == "code" else []
+        if drawn:
+            assert len(drawn) == 1, "two figures in a cell would share their alternative text"
+            assert any("**Figure" in text for _, _, text in around[max(i - 2, 0) : i + 3]), source
+            assert len(book.alternative_text(source)) > 30
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_installs_the_project_where_it_is_not(path, monkeypatch, tmp_path):
+    """On Colab there is nothing but the notebook; where the project is installed, the cell does nothing."""
+    kind, tags, source = cells(path)[1]
+    assert kind == "code" and tags == ["remove-cell"]
+    commands = []
+    monkeypatch.setattr("subprocess.run", lambda command, **_: commands.append(command))
+    monkeypatch.setattr("os.chdir", lambda folder: commands.append(f"cd {folder}"))
+    exec(source, {})
+    assert not commands
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    exec(source, {})
+    address = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
+    clone, folder, install, *before = commands
+    assert clone == f"git clone --quiet --depth 1 {address}"
+    assert folder == f"cd {address.split('/')[-1]}" and install == "pip install --quiet --editable ."
+    section = SECTIONS[path.stem]
+    reads = section not in ("ten_cells", "embedding", "myeloid_concepts")  # these begin from cells
+    assert before == [f"snakemake --quiet --cores 2 --omit-from {section} -- {section}"] * reads
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
