@@ -74,7 +74,7 @@ def technical_covariates(adata: AnnData, min_genes: int = 5, seed: int = 0) -> t
         missing["mitochondrial share"] = "not in the cells' table, and no mitochondrial genes with counts"
     if counts is None or (sparse.csr_matrix(counts).data % 1).any():
         missing["doublet score"] = "the counts are not known"
-    elif adata.n_vars < 2000:
+    elif adata.n_vars <= 2000:
         missing["doublet score"] = f"the panel has only {adata.n_vars} genes"
     else:
         cells = AnnData(sparse.csr_matrix(counts, dtype=np.float32), obs=adata.obs[["study"]].copy())
