@@ -221,7 +221,7 @@ def describe(adata: AnnData, path: Path, columns: dict[str, str | None]) -> tupl
         found = ", ".join(map(str, adata.obs.columns)) or "none"
         raise ValueError(f"say which column of obs holds the cell types (label=...); it has: {found}")
     symbols = adata.var_names.astype(str)
-    if symbols.str.match(r"ENS[A-Z]*G\d{6,}").mean() > 0.5:
+    if len(symbols) and symbols.str.match(r"ENS[A-Z]*G\d{6,}").mean() > 0.5:
         column = next((c for c in SYMBOL_COLUMNS if c in adata.var), None)
         if column is None:
             raise ValueError(
@@ -379,6 +379,8 @@ def load_cells(
         Before any work: no such file, columns missing, values negative, NaN or neither counts nor logarithms, gene
         symbols not to be found, cell names not unique.
     """
+    if n_top_genes is not None and not (isinstance(n_top_genes, int) and n_top_genes > 0):
+        raise ValueError(f"n_top_genes must be a whole number above zero, or None, not {n_top_genes!r}")
     if cells in SOURCES:
         if label or label_mid or label_high or study or out:
             raise ValueError(f"label and study columns, and out, are for files; {cells!r} has its own")
@@ -409,8 +411,19 @@ def load_cells(
         adata.var_names, known = match_genes(adata.var_names, genes)
         adata = adata[:, known].copy()
     if n_top_genes is not None and n_top_genes < adata.n_vars:
-        batch = "study" if adata.obs["study"].nunique() > 1 else None
-        sc.pp.highly_variable_genes(adata, n_top_genes=n_top_genes, batch_key=batch)
+        sizes = adata.obs["study"].value_counts()
+        several = adata  # one cell has no variance: studies of one have no part in the choice
+        if (sizes < 2).any():
+            several = adata[adata.obs["study"].isin(sizes.index[sizes > 1])].copy()
+        batch = "study" if (sizes > 1).sum() > 1 else None
+        try:
+            sc.pp.highly_variable_genes(several, n_top_genes=n_top_genes, batch_key=batch)
+        except (ValueError, IndexError) as error:
+            raise ValueError(
+                f"no {n_top_genes} variable genes can be chosen: a study has too few cells that differ; "
+                "give n_top_genes=None, or another study column"
+            ) from error
+        adata.var, adata.uns["hvg"] = several.var, several.uns["hvg"]
         adata = adata[:, adata.var["highly_variable"]].copy()
         empty = np.diff(adata.X.indptr) == 0
         if empty.any():

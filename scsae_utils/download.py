@@ -15,6 +15,8 @@ from pooch.utils import unique_file_name
 from tqdm.auto import tqdm
 from urllib3.exceptions import HTTPError
 
+from .files import whole
+
 TRIES = 3  # of a download that breaks off on the way
 
 
@@ -80,9 +82,8 @@ def local_file(source: str | Path, folder: Path | None = None, timeout: float = 
             )
         new.replace(path)
         if known is None:
-            part = record.with_name(record.name + ".part")
-            part.write_text(digest + "\n")
-            part.replace(record)
+            with whole(record) as part:
+                part.write_text(digest + "\n")
     return path
 
 

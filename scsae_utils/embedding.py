@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from .compat import draw_like_embed_data
 from .encoder import CellEncoder
+from .files import whole
 from .shards import Part, Shards, named_folder
 
 BATCH_TOKENS = 8192  # larger batches are slower on a CPU: each layer's new memory has to be paged in
@@ -398,9 +399,8 @@ def fill_store(path: Path, rows: slice, block: np.ndarray) -> None:
 
 def write_state(path: Path, state: dict, blocks_done: int) -> None:
     """Note how far ``path`` has come, whole or not at all."""
-    new = path.with_name(path.name + ".json.part")
-    new.write_text(json.dumps({**state, "blocks_done": blocks_done}))
-    new.replace(path.with_name(path.name + ".json"))
+    with whole(path.with_name(path.name + ".json")) as part:
+        part.write_text(json.dumps({**state, "blocks_done": blocks_done}))
 
 
 def close_store(path: Path) -> np.ndarray:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import anndata as ad
 import pandas as pd
@@ -17,12 +20,26 @@ def run_folder(run: str | Path) -> Path:
     return run if run.is_absolute() else root / run
 
 
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A file to write to, which takes the place of ``path`` when it is whole, and goes after an error.
+
+    It has another name each time, so that two processes that write ``path`` do not write into each other's.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{uuid4().hex[:8]}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write(adata: AnnData, path: Path) -> None:
     """Write an h5ad whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    adata.write_h5ad(part, compression="gzip")
-    part.replace(path)
+    with whole(path) as part:
+        adata.write_h5ad(part, compression="gzip")
 
 
 def read(path: Path, made_by: str) -> AnnData:
@@ -40,10 +57,8 @@ def read(path: Path, made_by: str) -> AnnData:
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a parquet file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    table.to_parquet(part)
-    part.replace(path)
+    with whole(path) as part:
+        table.to_parquet(part)
 
 
 def read_table(path: Path, made_by: str) -> pd.DataFrame:

@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from scipy import sparse
 from torch import Tensor, nn
 
+from .files import whole
+
 
 @dataclass(frozen=True)
 class SAEConfig:
@@ -355,13 +357,12 @@ def keep_largest(u: Tensor, n: int, per_row: bool = False) -> Tensor:
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict) -> None:
     """Write safetensors whole or not at all, with JSON metadata."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file(
-        {k: v.detach().contiguous() for k, v in tensors.items()}, part, {k: json.dumps(v) for k, v in metadata.items()}
+    tensors, texts = (
+        {k: v.detach().contiguous() for k, v in tensors.items()},
+        {k: json.dumps(v) for k, v in metadata.items()},
     )
-    part.replace(path)
+    with whole(path) as part:
+        save_file(tensors, part, texts)
 
 
 def read_metadata(path: str | Path) -> dict:

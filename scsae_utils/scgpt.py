@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .files import whole
+
 SHIPPED = ("scgpt-mini",)
 WEIGHT_FILES = ("model.safetensors", "best_model.safetensors", "best_model.pt")
 USED = ("encoder.", "value_encoder.", "transformer_encoder.", "bn.", "dsbn.")  # scGPT's tensors that make an embedding
@@ -432,11 +434,11 @@ def save_model(model: ScGPT, folder: str | Path, extra: dict[str, Tensor] | None
     ``extra`` holds further tensors to keep (the decoders of pretraining); ``half`` stores 16-bit floats.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {**model.state_dict(), **(extra or {})}
     tensors = {k: (v.half() if half else v.float()).contiguous() for k, v in tensors.items()}
-    save_file(tensors, folder / "model.safetensors.part")
-    (folder / "model.safetensors.part").replace(folder / "model.safetensors")
+    with whole(folder / "model.safetensors") as part:
+        save_file(tensors, part)
     args = {**asdict(model.config), "input_emb_style": "continuous", "input_style": "binned"}
-    (folder / "args.json").write_text(json.dumps(args, indent=1) + "\n")
-    (folder / "vocab.json").write_text(json.dumps(model.vocab, indent=0) + "\n")
+    for name, content, indent in (("args", args, 1), ("vocab", model.vocab, 0)):
+        with whole(folder / f"{name}.json") as part:
+            part.write_text(json.dumps(content, indent=indent) + "\n")

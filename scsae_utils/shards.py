@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from .files import whole
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -101,9 +103,8 @@ class Shards:
         elif any(self.folder.glob("*.parquet")):
             raise ValueError(f"{self.folder} holds parquet files of unknown origin: give another folder")
         else:
-            new = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
-            new.write_text(json.dumps(settings, indent=1) + "\n")
-            new.replace(path)
+            with whole(path) as new:
+                new.write_text(json.dumps(settings, indent=1) + "\n")
 
     def mine(self, stage: str, units: Iterable) -> Iterator[tuple]:
         """Those of the numbered ``units``, pairs (number, unit) of a ``stage``, that this process is to do."""
@@ -124,9 +125,8 @@ class Shards:
             if path.is_file():  # by now
                 return True, pd.read_parquet(path)
             start, table = time.perf_counter(), compute()
-            part = path.with_name(path.name + ".part")
-            table.rename(columns=str).to_parquet(part)  # attrs are kept
-            part.replace(path)
+            with whole(path) as part:
+                table.rename(columns=str).to_parquet(part)  # attrs are kept
             took, at = time.perf_counter() - start, time.strftime("%Y-%m-%d %H:%M:%S")
             with open(self.folder / "work.log", "a") as log:  # one short write: lines of several processes do not mix
                 log.write(f"{name}\t{took:.1f} s\t{socket.gethostname()}\t{os.getpid()}\t{at}\n")

@@ -133,11 +133,17 @@ def variable_genes(moments: Moments, symbols: pd.Index, n_top: int) -> pd.DataFr
     One row for each gene: ``highly_variable``, ``means``, ``dispersions``, ``dispersions_norm``; of several groups
     the means over them, and ``highly_variable_nbatches``.
     """
-    there = np.flatnonzero(moments.n_cells)
-    tables = [one_group(moments, g, symbols, n_top, of_several=len(there) > 1) for g in there]
+    there = np.flatnonzero(moments.n_cells > 1)  # one cell has no variance
+    try:
+        tables = [one_group(moments, g, symbols, n_top, of_several=len(there) > 1) for g in there]
+        table = pd.concat(tables)
+    except (ValueError, IndexError) as error:
+        raise ValueError(
+            f"no {n_top} variable genes can be chosen: a study has too few cells that differ; "
+            "give n_top_genes=None, or another study column"
+        ) from error
     if len(tables) == 1:
         return tables[0]
-    table = pd.concat(tables)
     how = dict.fromkeys(("means", "dispersions", "dispersions_norm"), "mean") | {"highly_variable": "sum"}
     table = table.astype({"highly_variable": int}).groupby(level=0).agg(how)
     table["highly_variable_nbatches"] = table["highly_variable"]
@@ -151,7 +157,7 @@ def one_group(moments: Moments, group: int, symbols: pd.Index, n_top: int, of_se
     n = moments.n_cells[group]
     mean = moments.sums[group] / n
     variance = moments.squares[group] / n - mean**2
-    variance *= n / (n - 1) if n > 1 else 1  # unbiased
+    variance *= n / (n - 1)  # unbiased
     expressed = moments.sums[group] > 0 if of_several else np.ones(len(mean), bool)
     mean, variance = mean[expressed], variance[expressed]
     mean[mean == 0] = 1e-12
@@ -176,6 +182,15 @@ class Panel:
 
     def __init__(self, out: str | Path | None):
         self.out, self.blocks, self.obs = None if out is None else Path(out), [], []
+        self.file = None
+
+    def __enter__(self) -> Panel:
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.file:  # open still: something went wrong
+            self.file.close()
+            self.part.unlink()
 
     def add(self, block: AnnData, obs: pd.DataFrame) -> None:
         self.obs.append(obs)
@@ -222,10 +237,18 @@ def load_blocks(
     out: str | Path | None = None,
 ) -> AnnData:
     """What :func:`scsae_utils.load_cells` returns for a file; ``columns``: see :func:`~scsae_utils.cells.describe`."""
+    if out is not None and Path(out).resolve() == path.resolve():
+        raise ValueError(f"out is the file that is read: {path}")
     source = Blocks(path)
-    obs, symbols = describe(source.table, path, columns)
+    with source.file, Panel(out) as panel:
+        return fill(panel, source, columns, n_top_genes, genes, aliases)
+
+
+def fill(panel: Panel, source: Blocks, columns, n_top_genes, genes, aliases) -> AnnData:
+    """The work of :func:`load_blocks`, on opened files."""
+    obs, symbols = describe(source.table, source.path, columns)
     kind, n_counts, totals = source.survey()
-    log.warning("X of %s read as %s", path.name, "counts" if kind == "counts" else "log1p values")
+    log.warning("X of %s read as %s", source.path.name, "counts" if kind == "counts" else "log1p values")
     if kind == "counts":
         obs["n_counts"] = n_counts
     complete(obs)
@@ -254,14 +277,13 @@ def load_blocks(
             moments.add(block.X, studies[rows])
         var = var.join(variable_genes(moments, var.index, n_top_genes))
         chosen, uns = var["highly_variable"].to_numpy(), {"hvg": {"flavor": "seurat"}}
-    panel, n_cells = Panel(out), 0
+    n_cells = 0
     for rows, block in ready("reading cells"):
         block = block[:, chosen].copy()
         some = np.flatnonzero(np.diff(block.X.indptr)) if uns else np.arange(len(rows))
         n_cells += len(rows)
         if len(some):
             panel.add(block[some].copy(), obs.iloc[rows[some]])
-    source.file.close()
     if n_cells < len(obs):
         log.warning("%d empty cells were left out", len(obs) - n_cells)
     adata = panel.close(var[chosen], dict(block.uns) | uns)
