@@ -232,6 +232,15 @@ def fill_tables(text: str) -> str:
     )
 
 
+def without_refused(html: str) -> str:
+    """A page without what a browser refuses to one that is opened from a folder.
+
+    These are fonts (the theme draws its icons as SVG all the same), and the constants of a service on the network that
+    the book does not use, which the builder defines twice.
+    """
+    return re.sub(r'<link rel="preload" as="font"[^>]*>\s*|<script>const THEBE_JS_URL.*?</script>\s*', "", html)
+
+
 def build(run: Path) -> Path:
     """Render the book from the executed notebooks of a run; returns the folder with its ``index.html``.
 
@@ -289,6 +298,8 @@ def build(run: Path) -> Path:
         if result.returncode or not (html / "index.html").is_file():
             found = [line for line in result.stderr.splitlines() if re.search(r"WARNING|ERROR|rror:", line)]
             sys.exit("\n".join(found or [result.stderr]) + "\nThe book was not rendered: warnings are errors.")
+        for path in html.rglob("*.html"):
+            path.write_text(without_refused(path.read_text()))
         target, old = run / "book", Path(folder) / "old"
         if target.exists():
             target.rename(old)

@@ -1,4 +1,4 @@
-// Two small things that a static page cannot know by itself.
+// Small things that a static page cannot know by itself.
 (function () {
   "use strict";
 
@@ -28,6 +28,28 @@
     });
   }
 
-  function start() { repairLinks(); markWideFigures(); }
+  // Names for buttons and lists that the theme leaves without, or gives others than they show.
+  function nameControls() {
+    document.querySelectorAll(".search-button-field, .bd-content summary[aria-label]").forEach((node) => node.removeAttribute("aria-label"));
+    document.querySelectorAll(".bd-sidebar-primary .has-children > details > summary").forEach((node) => {
+      node.setAttribute("aria-label", `Sections of ${node.closest("li").querySelector("a").textContent}`);
+    });
+  }
+
+  // What scrolls in a frame of its own can be scrolled by the keyboard too.
+  function reachFrames() {
+    document.querySelectorAll(".pst-scrollable-table-container, .cell_output .output, .bd-content div.math, .bd-content pre").forEach((frame) => {
+      if (frame.scrollWidth > frame.clientWidth) frame.tabIndex = 0;
+    });
+  }
+
+  function start() {
+    repairLinks();
+    markWideFigures();
+    nameControls();
+    reachFrames();
+    addEventListener("load", reachFrames);
+    addEventListener("resize", reachFrames);
+  }
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start); else start();
 })();
