@@ -156,6 +156,28 @@ class TestRefusals:
         with pytest.raises(ValueError, match="by gene"):
             load_cells(path, **SETTINGS, out=tmp_path / "panel.h5ad")
 
+    def test_a_stop_while_the_file_fills_leaves_what_was_there(self, h5ad, in_blocks, tmp_path, monkeypatch):
+        path, out = h5ad(), tmp_path / "panel.h5ad"
+        load_cells(path, **SETTINGS, out=out).file.close()
+        before, add = out.read_bytes(), stream.Panel.add
+
+        def stops_at_cell_150(panel, block, obs):
+            if "cell150" in obs.index:
+                raise KeyboardInterrupt
+            add(panel, block, obs)
+
+        monkeypatch.setattr(stream.Panel, "add", stops_at_cell_150)
+        with pytest.raises(KeyboardInterrupt):
+            load_cells(path, **SETTINGS, out=out)
+        assert out.read_bytes() == before and not (tmp_path / "panel.h5ad.part").exists()
+        monkeypatch.undo()
+        assert load_cells(path, **SETTINGS, out=out).n_obs == 297
+
+    def test_the_file_that_is_read_is_not_written(self, h5ad, in_blocks):
+        path = h5ad()
+        with pytest.raises(ValueError, match="out is the file that is read"):
+            load_cells(path, **SETTINGS, out=path)
+
     def test_damage_is_named(self, h5ad, in_blocks):
         path = h5ad()
         with h5py.File(path, "r+") as file:
