@@ -244,8 +244,9 @@ def describe(adata: AnnData, path: Path, columns: dict[str, str | None]) -> tupl
 
 def plain_labels(labels: pd.Series) -> pd.Series:
     """Labels as text on one line that is no markup; where there is none, :data:`UNASSIGNED`."""
-    names = labels.astype(object).where(labels.notna(), "").astype(str)
-    return names.str.translate(PLAIN).str.split().str.join(" ").replace("", UNASSIGNED)
+    codes, names = pd.factorize(labels)
+    plain = [" ".join(str(name).translate(PLAIN).split()) or UNASSIGNED for name in names]
+    return pd.Series(np.array([*plain, UNASSIGNED], object)[codes], labels.index)  # -1, the last: missing
 
 
 def as_csr(X, path: Path) -> sparse.csr_matrix:

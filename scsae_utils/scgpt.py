@@ -362,14 +362,15 @@ def load_model(name_or_folder: str | Path = "scgpt-mini") -> ScGPT:
         raise FileNotFoundError(f"{folder} has no weights: looked for {', '.join(WEIGHT_FILES)}")
     config, vocab = ScGPTConfig.from_args(read_json(folder / "args.json")), read_json(folder / "vocab.json")
     tensors = read_weights(weights)
-    layers = {k.split(".")[2] for k in tensors if k.startswith("transformer_encoder.layers.")}
-    if len(layers) < config.nlayers:
-        raise ValueError(f"{weights} has {len(layers)} layers, and args.json says {config.nlayers}")
-    try:
-        with torch.device("meta"):  # no memory is taken before it is known that the weights fit
-            model = ScGPT(config, vocab)
-    except (RuntimeError, TypeError, OverflowError) as error:
-        raise ValueError(f"{folder / 'args.json'} describes a model that cannot be: {error}") from error
+    widths = {"embsize": ("encoder.embedding.weight", -1), "d_hid": ("transformer_encoder.layers.0.linear1.weight", 0)}
+    found = {name: tensors[k].shape[i] for name, (k, i) in widths.items() if k in tensors and tensors[k].ndim == 2}
+    found["nlayers"] = len({k.split(".")[2] for k in tensors if k.startswith("transformer_encoder.layers.")})
+    other = [
+        f"{name} {n} (args.json: {getattr(config, name)})" for name, n in found.items() if n < getattr(config, name)
+    ]
+    if other:  # before memory is taken for a model that cannot be
+        raise ValueError(f"{weights} does not fit its args.json: it has {', '.join(other)}")
+    model = ScGPT(config, vocab)
     needed = model.state_dict()
     problems = [f"{k}: missing, needs {tuple(v.shape)}" for k, v in needed.items() if k not in tensors]
     problems += [
@@ -388,7 +389,7 @@ def load_model(name_or_folder: str | Path = "scgpt-mini") -> ScGPT:
         raise ValueError(
             f"{weights} does not fit its args.json and vocab.json:\n  " + "\n  ".join([*problems[:20], *more])
         )
-    model.load_state_dict({k: tensors[k].detach().to(torch.float32, copy=True) for k in needed}, assign=True)
+    model.load_state_dict({k: tensors[k].float() for k in needed})
     model.name = str(name_or_folder)
     model.ignored = sorted(set(tensors) - set(needed))
     for name in ("card", "aliases"):

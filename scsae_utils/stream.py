@@ -247,6 +247,8 @@ def load_blocks(
 def fill(panel: Panel, source: Blocks, columns, n_top_genes, genes, aliases) -> AnnData:
     """The work of :func:`load_blocks`, on opened files."""
     obs, symbols = describe(source.table, source.path, columns)
+    if genes is not None:  # another species' are refused before the first pass
+        match_genes(rename(symbols.unique(), aliases or {}), genes)
     kind, n_counts, totals = source.survey()
     log.warning("X of %s read as %s", source.path.name, "counts" if kind == "counts" else "log1p values")
     if kind == "counts":
