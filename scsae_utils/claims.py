@@ -136,7 +136,8 @@ def claims_page(path: Path) -> str:
         "````",
     ]
     for chapter in dict.fromkeys(claim["chapter"] for claim in known["claims"]):
-        lines += ["", f"## [](../notebooks/{chapter}.ipynb)"]
+        title = json.loads((ROOT / "notebooks" / f"{chapter}.ipynb").read_text())["cells"][0]["source"][0][2:].strip()
+        lines += ["", f"## [{title}](../notebooks/{chapter}.ipynb)"]
         for claim in (c for c in known["claims"] if c["chapter"] == chapter):
             text = claim["text"].replace("](#", f"]({chapter}.ipynb#")
             text = re.sub(r"\]\((?=\w+\.ipynb)", "](../notebooks/", text)  # the page lies in another folder

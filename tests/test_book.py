@@ -1,6 +1,7 @@
 """A whole small run: real cells through every notebook, the book rendered, opened in a browser with the network off."""
 
 import functools
+import io
 import json
 import os
 import re
@@ -8,9 +9,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import pytest
 import yaml
+from bs4 import BeautifulSoup
+from PIL import Image
 
 from scsae_utils import book as builder
 from scsae_utils.book import ROOT, SECTIONS
@@ -18,7 +23,8 @@ from scsae_utils.book import ROOT, SECTIONS
 PROFILE = "tests/tiny.yaml"
 RUN = ROOT / "runs" / "tiny"
 CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
-PAGES = ["book/intro", "book/method", "book/own_cells", "book/glossary", *(f"notebooks/{n}" for n in SECTIONS)]
+AXE = Path(__file__).parent / "assets" / "axe-core" / "axe.min.js"
+LOCAL = re.compile("file:|data:|blob:")
 
 
 def snakemake(*arguments, profile=PROFILE):
@@ -141,13 +147,6 @@ def test_the_concept_page_is_in_the_book_under_its_own_name(site):
     assert f"concepts/concept_{number}.html" in (site / "book" / "intro.html").read_text()
 
 
-def test_pages_name_no_foreign_script_style_or_image(site):
-    for path in site.rglob("*.html"):
-        for tag in re.findall(r"<(?:script|img|link|iframe)\b[^>]*>", path.read_text()):
-            target = re.search(r"\b(?:src|href)=[\"'](?:https?:)?//([^\"']+)", tag)
-            assert not target or 'rel="canonical"' in tag, f"{path.name}: {tag}"
-
-
 @pytest.fixture(scope="session")
 def browser():
     if CHROMIUM is None:
@@ -169,29 +168,139 @@ def browser():
         browser.close()
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("name", PAGES)
-def test_page_opens_offline_and_fits_the_screen(site, browser, name, width):
-    page = browser.new_page(viewport={"width": width, "height": 900})
-    outside, errors = [], []
-    page.on("request", lambda r: None if r.url.startswith(("file:", "data:", "blob:")) else outside.append(r.url))
-    page.on("pageerror", lambda e: errors.append(str(e)))
-    page.context.set_offline(True)
-    page.goto((site / f"{name}.html").as_uri(), wait_until="load")
-    assert page.locator("h1").count() >= 1
-    broken = page.evaluate("[...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.src)")
-    assert not broken
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1"), "the page scrolls sideways"
-    if name == "book/method":
-        page.wait_for_selector("mjx-container svg", timeout=15_000)
-    if name == "notebooks/07_atlas":
-        assert page.locator("#atlas tbody tr").count() >= 3
-    elif name == "notebooks/00_ten_cells":  # tables only
-        assert page.locator("table").count() >= 5
-    elif name.startswith("notebooks/"):
-        assert page.locator("img[src*='_images']").count() >= 3
-    assert not outside, "the page asked for something from the network"
-    assert not [e for e in errors if "THEBE" not in e]
+def pages(site):
+    """Names of all pages, such as ``notebooks/02_sae``."""
+    found = (path.relative_to(site).with_suffix("") for path in sorted(site.rglob("*.html")))
+    return [str(name) for name in found if not name.parts[0].startswith("_") and str(name) != "index"]  # it leads on
+
+
+@pytest.fixture(scope="session")
+def visits(site, browser):
+    """What a reader meets on each page, opened from the folder without network: wide and light, narrow and dark."""
+    found = {}
+    for width, theme in ((1280, "light"), (390, "dark")):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
+        context.set_offline(True)
+        page, problems = context.new_page(), []
+        page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)  # noqa: B023
+        page.on("pageerror", lambda e: problems.append(str(e)))  # noqa: B023
+        page.on("requestfailed", lambda r: problems.append(f"failed: {r.url}"))  # noqa: B023
+        page.on("request", lambda r: None if LOCAL.match(r.url) else problems.append(f"asked for {r.url}"))  # noqa: B023
+        for name in pages(site):
+            problems.clear()
+            page.goto((site / f"{name}.html").as_uri(), wait_until="load")
+            figure = page.locator(".cell_output img:not(.wide-figure > img)")
+            page.add_script_tag(path=AXE)
+            seen = page.evaluate(
+                """async () => ({
+                    theme: document.documentElement.dataset.theme,
+                    headings: document.querySelectorAll("h1").length,
+                    wider: document.documentElement.scrollWidth - window.innerWidth,
+                    broken: [...document.images].filter((i) => !(i.complete && i.naturalWidth)).map((i) => i.src),
+                    nameless: [...document.images].filter((i) => !i.alt.trim()).map((i) => i.src),
+                    figures: document.querySelectorAll(".cell_output img").length,
+                    tables: document.querySelectorAll("table").length,
+                    axe: (await axe.run(document, { resultTypes: ["violations"], preload: false })).violations
+                        .filter((v) => ["serious", "critical"].includes(v.impact))
+                        .flatMap((v) => v.nodes.map((n) => `${v.id}: ${n.html.slice(0, 150)} ${n.failureSummary}`)),
+                })"""
+            )
+            picture = Image.open(io.BytesIO(figure.first.screenshot())) if figure.count() else None
+            found[name, theme] = seen | {"problems": list(problems), "picture": picture}
+        context.close()
+    return found
+
+
+def what_is_wrong(visits, key):
+    return {page: seen[key] for page, seen in visits.items() if seen[key]}
+
+
+def test_pages_open_offline_without_errors(site, visits):
+    assert not what_is_wrong(visits, "problems")
+    assert not what_is_wrong(visits, "broken")
+    assert all(seen["headings"] >= 1 for (name, _), seen in visits.items() if name.startswith(("book/", "notebooks/")))
+    assert {f"notebooks/{name}" for name in SECTIONS} | {"book/intro", "search"} <= {name for name, _ in visits}
+
+
+def test_pages_fit_the_screen(visits):
+    assert not {page: seen["wider"] for page, seen in visits.items() if seen["wider"] > 1}
+
+
+def test_pages_are_accessible(visits):
+    """axe-core finds nothing serious or critical, in light and in dark; every image says what it shows."""
+    assert not what_is_wrong(visits, "axe")
+    assert not what_is_wrong(visits, "nameless")
+
+
+def test_figures_are_seen_on_their_white_paper(visits):
+    for (name, theme), seen in visits.items():
+        assert seen["theme"] == theme
+        if name.startswith("notebooks/") and "atlas" not in name:
+            assert seen["figures"] >= 3 or seen["tables"] >= 5, name  # the chapter by hand has tables only
+        if seen["picture"]:
+            grey = np.asarray(seen["picture"].convert("L"))
+            assert np.median(grey) > 200 and (grey < 150).mean() > 0.002, f"{name}, {theme}: nothing to be seen"
+
+
+def test_links_lead_somewhere(site):
+    """Every link between the pages, with its anchor; and no script, style or image is another host's."""
+    paths = [site / f"{name}.html" for name in pages(site)]
+    trees = {path: BeautifulSoup(path.read_text(), "html.parser") for path in paths}
+    anchors = {
+        path: {tag[key] for key in ("id", "name") for tag in tree.find_all(attrs={key: True})}
+        for path, tree in trees.items()
+    }
+    for path, tree in trees.items():
+        for tag in tree.find_all(["a", "img", "script", "link", "source", "iframe"]):
+            address = urlsplit(tag.get("href") or tag.get("src") or "")
+            if address.scheme or address.netloc:
+                assert tag.name == "a" or "canonical" in tag.get("rel", []), f"{path.name}: {tag}"
+                continue
+            target = (path.parent / unquote(address.path)).resolve() if address.path else path
+            assert target.exists(), f"{path.name}: {tag}"
+            if address.fragment and "=" not in address.fragment and target in anchors:  # "=": a view of the atlas
+                assert unquote(address.fragment) in anchors[target], f"{path.name}: {tag}"
+
+
+def test_chapters_can_be_downloaded_and_launched(site):
+    address = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
+    for name in SECTIONS:
+        page = (site / "notebooks" / f"{name}.html").read_text()
+        assert (
+            f"https://colab.research.google.com/github/{address.split('com/')[1]}/blob/main/notebooks/{name}.ipynb"
+            in page
+        )
+        assert re.search(rf"https://mybinder\.org/v2/gh/[^\"]*notebooks/{name}\.ipynb", page)
+        assert (
+            f"../_sources/notebooks/{name}.ipynb" in page
+            and (site / "_sources" / "notebooks" / f"{name}.ipynb").is_file()
+        )
+
+
+def test_the_book_is_small(site):
+    assert sum(path.stat().st_size for path in site.rglob("*") if path.is_file()) < 40e6
+
+
+def test_every_exercise_has_its_solution(run):
+    for name in SECTIONS:
+        cells = json.loads((run / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+        asked = [
+            c for c in cells if c["cell_type"] == "markdown" and re.search(r"^\*\*\d\.\*\*", "".join(c["source"]), re.M)
+        ]
+        folded = [c for c in cells if "hide-cell" in c["metadata"].get("tags", [])]
+        shown = ["".join(o["data"].get("text/markdown", "")) for c in folded for o in c["outputs"] if "data" in o]
+        shown = [text for text in shown if "**Solution.**" in text]
+        assert len(asked) == len(folded) == len(shown) >= 2, name
+        assert all(len(text) > 40 and "nan" not in text.split() for text in shown), name
+
+
+def test_formulas_and_the_atlas_are_drawn(site, browser):
+    page = browser.new_page()
+    page.goto((site / "book" / "method.html").as_uri())
+    page.wait_for_selector("mjx-container svg", timeout=15_000)
+    page.goto((site / "notebooks" / "07_atlas.html").as_uri())
+    page.wait_for_selector("#atlas tbody tr", timeout=15_000)
+    assert page.locator("#atlas tbody tr").count() >= 3
     page.close()
 
 

@@ -31,6 +31,7 @@
   // Names for buttons and lists that the theme leaves without, or gives others than they show.
   function nameControls() {
     document.querySelectorAll(".search-button-field, .bd-content summary[aria-label]").forEach((node) => node.removeAttribute("aria-label"));
+    document.querySelector(".citation-list")?.removeAttribute("role"); // its items are no list items
     document.querySelectorAll(".bd-sidebar-primary .has-children > details > summary").forEach((node) => {
       node.setAttribute("aria-label", `Sections of ${node.closest("li").querySelector("a").textContent}`);
     });
