@@ -101,6 +101,21 @@ def test_every_profile_names_every_parameter(path):
     assert set(book.load_profile(path)) == set(SECTIONS.values())
 
 
+def test_the_page_for_own_cells_names_all_that_depends_on_the_cells(tmp_path):
+    """Its lines, put into a copy of the profile, are a profile; they set every name of a cell type or a column."""
+    text = (ROOT / "book" / "own_cells.md").read_text().split("## Another model")[0]
+    profile = yaml.safe_load((ROOT / "profiles/mini.yaml").read_text())
+    changed = {}
+    for block in re.findall(r"```yaml\n(.*?)```", text, re.S):
+        for section, values in yaml.safe_load(block).items():
+            changed.setdefault(section, {}).update(values)
+            profile[section].update(values)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(profile))
+    book.load_profile(tmp_path / "mine.yaml")
+    for section, values in profile.items():
+        assert {"cell_type", "types", "level", "label", "study"} & set(values) <= set(changed.get(section, {})), section
+
+
 def test_profile_errors_name_what_is_wrong(tmp_path):
     profile = yaml.safe_load((ROOT / "profiles/mini.yaml").read_text())
     del profile["sae"]["epochs"]
