@@ -7,7 +7,7 @@ PYTHON ?= python3
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 RUN = runs/$(basename $(notdir $(PROFILE)))
 BIN = .venv/bin
-SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --config profile=$(PROFILE) shards=$(SHARDS) --workflow-profile cluster/$(CLUSTER) --cores $(CORES) \
+SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --config profile=$(PROFILE) shards=$(SHARDS) threads=$(CORES) --workflow-profile cluster/$(CLUSTER) --cores $(CORES) \
 	--quiet rules progress host reason --max-checksum-file-size 1000000000 --
 
 .PHONY: help book test test-slurm concept fetch lint clean

@@ -14,6 +14,7 @@ P = load_profile(config["profile"])
 # The profile's path is filled in late: were it part of the rules' code, another path would rerun everything.
 EXECUTE = "export OMP_NUM_THREADS={threads} NUMBA_NUM_THREADS={threads}; python -m scsae_utils.book execute --profile {config[profile]} --run {RUN}"
 SHARDS = int(config.get("shards", 1))
+THREADS = int(config.get("threads", workflow.cores))  # on a node, workflow.cores are all of it, allotted or not
 JOB = f"export OMP_NUM_THREADS={{threads}} NUMBA_NUM_THREADS={{threads}}; python -m scsae_utils.jobs --profile {{config[profile]}} --run {{RUN}}"
 GPU = {"gpu": 1} if P["embedding"]["device"] in ("auto", "cuda") else {}
 PAGES = sorted(Path(RUN, "notebooks", "concepts").glob("concept_*[0-9].ipynb"))  # made by `make concept`
@@ -66,7 +67,7 @@ rule ten_cells:
         f"{RUN}/notebooks/00_ten_cells.ipynb",
     params:
         P["ten_cells"],
-    threads: workflow.cores
+    threads: THREADS
     shell:
         EXECUTE + " 00_ten_cells"
 
@@ -82,7 +83,7 @@ rule embedding:
         f"{RUN}/embedded.h5ad",
     params:
         P["embedding"],
-    threads: workflow.cores
+    threads: THREADS
     resources:
         **GPU,
     shell:
@@ -100,7 +101,7 @@ rule sae:
         f"{RUN}/activations.h5ad",
     params:
         P["sae"],
-    threads: workflow.cores
+    threads: THREADS
     shell:
         EXECUTE + " 02_sae"
 
@@ -117,7 +118,7 @@ rule concept_taxonomy:
         f"{RUN}/concepts.h5ad",
     params:
         P["concept_taxonomy"],
-    threads: workflow.cores
+    threads: THREADS
     shell:
         EXECUTE + " 03_concept_taxonomy"
 
@@ -133,7 +134,7 @@ rule case_study:
         f"{RUN}/notebooks/04_case_study.ipynb",
     params:
         P["case_study"],
-    threads: workflow.cores
+    threads: THREADS
     shell:
         EXECUTE + " 04_case_study"
 
@@ -149,7 +150,7 @@ rule concept_page:
         f"{RUN}/notebooks/concepts/concept_{{number}}.ipynb",
     params:
         P["case_study"],
-    threads: workflow.cores
+    threads: THREADS
     shell:
         EXECUTE + " 04_case_study --concept {wildcards.number} || "
         "{{ echo 'The page of concept {wildcards.number} was left out of the book: run make again to go on without it.' >&2; exit 1; }}"
@@ -165,7 +166,7 @@ rule myeloid_concepts:
         f"{RUN}/notebooks/05_myeloid_concepts.ipynb",
     params:
         P["myeloid_concepts"],
-    threads: workflow.cores
+    threads: THREADS
     shell:
         EXECUTE + " 05_myeloid_concepts"
 
@@ -185,7 +186,7 @@ rule drivers:
         f"{RUN}/quadrants.parquet",
     params:
         P["drivers"],
-    threads: workflow.cores
+    threads: THREADS
     shell:
         EXECUTE + " 05b_drivers"
 
@@ -204,7 +205,7 @@ rule evidence:
         f"{RUN}/evidence.parquet",
     params:
         P["evidence"],
-    threads: workflow.cores
+    threads: THREADS
     shell:
         EXECUTE + " 06_evidence"
 
@@ -222,7 +223,7 @@ rule atlas:
         f"{RUN}/atlas/index.js",
     params:
         P["atlas"],
-    threads: workflow.cores
+    threads: THREADS
     shell:
         EXECUTE + " 07_atlas"
 
@@ -251,7 +252,7 @@ if SHARDS > 1:
             f"{RUN}/shards/cells.h5ad",
         output:
             touch(f"{RUN}/shards/block_{{part}}_of_{SHARDS}.done"),
-        threads: workflow.cores
+        threads: THREADS
         resources:
             mem_mb=more(8000),
             runtime=more(240),
@@ -272,7 +273,7 @@ if SHARDS > 1:
             stage="exact|screen|confirm",
         params:
             P["drivers"],
-        threads: workflow.cores
+        threads: THREADS
         resources:
             mem_mb=more(16000),
             runtime=more(240),

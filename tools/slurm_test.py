@@ -126,7 +126,7 @@ def copy_project(folder: Path) -> Path:
 
 
 def snakemake(project: Path, target: str, *arguments, environment=os.environ) -> subprocess.Popen:
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--quiet", "all", *arguments]
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--quiet", "all", *arguments, "threads=1"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return subprocess.Popen(
         [*command, "--", target],
@@ -193,7 +193,7 @@ def main() -> None:
 
         say("on this machine, without shards")
         start = time.perf_counter()
-        if snakemake(here, target, "--config", config, "--workflow-profile", "cluster/local").wait():
+        if snakemake(here, target, "--workflow-profile", "cluster/local", "--config", config).wait():
             sys.exit((here / "snakemake.log").read_text()[-4000:])
         local = units(here / "runs" / "test")
         say(f"done in {time.perf_counter() - start:.0f} s: {sum(local.values())} units")
@@ -202,9 +202,10 @@ def main() -> None:
             say(f"through SLURM, {args.shards} shards on two nodes")
             start, run = time.perf_counter(), there / "runs" / "test"
             running = snakemake(
-                there, target, "--config", config, f"shards={args.shards}", "--workflow-profile", "cluster/slurm",
+                there, target, "--workflow-profile", "cluster/slurm",
                 *("--slurm-init-seconds-before-status-checks", "1", "--seconds-between-status-checks", "2"),
                 *("--slurm-status-command", "squeue", "--slurm-no-account", "--latency-wait", "5"),
+                *("--config", config, f"shards={args.shards}"),
                 environment=slurm.environment,
             )  # fmt: skip
             blocks, screens = ([u for u in local if u.startswith(s)] for s in ("block", "screen"))
