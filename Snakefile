@@ -51,7 +51,7 @@ rule book:
         [str(p) for p in sorted(Path("book").rglob("*")) if p.is_file()],
         "_config.yml",
         [str(p) for p in sorted(Path("benchmarks", "results").glob("*.json"))],
-        "scsae_utils/book.py",
+        [str(p) for p in sorted(Path("scsae_utils").rglob("*.py"))],  # its pages quote docstrings and messages
         files("scgpt-mini"),
     output:
         f"{RUN}/book/index.html",
