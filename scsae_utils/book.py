@@ -187,6 +187,10 @@ def page(notebook: Path, title: str | None = None) -> dict:
         cell["source"] = "".join(cell["source"]).replace(RAN, f"; {ran} to run where these pages were made")
         if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
             cell["metadata"]["mystnb"] = {"image": {"alt": alternative_text(cell["source"])}}
+        if "hide-cell" in cell["metadata"].get("tags", []):
+            cell["metadata"]["mystnb"] = {
+                f"code_prompt_{act}": f"{act.capitalize()} the solution" for act in ("show", "hide")
+            }
     new = set(parameters(notebook, "injected-parameters").items()) - set(parameters(notebook).items())
     for cell in content["cells"]:
         if "injected-parameters" in cell["metadata"].get("tags", []):
