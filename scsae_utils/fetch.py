@@ -89,7 +89,10 @@ def item_of(name: str, source: dict) -> Item:
     path = ROOT / name
     url = source.get("url") or DRIVE + source["drive"]
     if "drive" in source:
-        paths, get = [path / file for file in source["files"]], lambda: from_drive(source["drive"], path)
+        paths, get = (
+            [path / file for file in source["files"]],
+            lambda: from_drive(source["drive"], path, source["gigabytes"]),
+        )
     else:
         paths, get = [path], lambda: from_url(url, path)
     return Item(name, paths, source["what"], url, source["gigabytes"], source["by_hand"], get)
@@ -102,19 +105,24 @@ def from_url(url: str, path: Path) -> None:
     kept.replace(path)
 
 
-def from_drive(folder: str, path: Path) -> None:
+def from_drive(folder: str, path: Path, gigabytes: float) -> None:
     """Download the files of a public folder of Google Drive.
 
     Raises
     ------
     ConnectionError
         If gdown is not there or cannot get them.
+    OSError
+        If the disk has no room for them; what came before counts.
     """
+    path.mkdir(parents=True, exist_ok=True)
+    room = shutil.disk_usage(path).free / 1e9 + size(list(path.iterdir()))
+    if gigabytes > room:
+        raise OSError(f"there is room for {room:.1f} GB only: make some, or link {path} to another disk")
     try:
         import gdown
     except ImportError as error:
         raise ConnectionError("the package gdown is missing: pip install gdown") from error
-    path.mkdir(parents=True, exist_ok=True)
     try:
         gdown.download_folder(id=folder, output=str(path), resume=True)
     except Exception as error:  # gdown raises its own and those of requests
@@ -149,15 +157,10 @@ def fetch(wanted: list[Item], download: bool = True, say: Callable[[str], object
     well = True
     for item in wanted:
         missing = item.missing
-        free = shutil.disk_usage(next(p for p in item.paths[0].parents if p.is_dir())).free / 1e9
         if missing:
             say(f"{item.name}: missing, {f'{item.gigabytes:g} GB' if item.gigabytes else 'size not known'}\n")
         try:
             if missing and download and item.get:
-                if item.gigabytes > free:
-                    raise OSError(
-                        f"there is room for {free:.1f} GB only: make some, or link {item.name} to another disk"
-                    )
                 item.get()
                 missing = item.missing
             if not missing:

@@ -18,8 +18,8 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def source(url, gigabytes=1e-6):
-    return {"what": "Cells", "url": url, "gigabytes": gigabytes, "by_hand": "Ask the authors."}
+def source(url):
+    return {"what": "Cells", "url": url, "gigabytes": 1e-6, "by_hand": "Ask the authors."}
 
 
 def go(wanted, **settings):
@@ -53,7 +53,8 @@ def test_a_file_that_changed_is_not_accepted(project):
 
 def test_a_dead_server_and_a_full_disk_tell_how_to_go_on_by_hand(project):
     dead = fetch.item_of("data/cells.h5ad", source("http://127.0.0.1:9/cells.h5ad"))
-    huge = fetch.item_of("data/cells.h5ad", source("http://127.0.0.1:9/cells.h5ad", gigabytes=1e9))
+    drive = {"what": "Model", "drive": "ID", "files": ["a"], "gigabytes": 1e9, "by_hand": "Ask the authors."}
+    huge = fetch.item_of("data/model", drive)
     for item, message in ((dead, "could not download"), (huge, "there is room for")):
         well, said = go([item])
         assert not well and message in said and "by hand: Ask the authors." in said
