@@ -63,7 +63,12 @@ def load_profile(path: str | Path) -> dict[str, dict]:
         raise FileNotFoundError(
             f"no profile {str(path)!r}; there are: {', '.join(map(str, sorted(ROOT.glob('profiles/*.yaml'))))}"
         )
-    profile = yaml.safe_load(path.read_text()) or {}
+    try:
+        profile = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"the profile {path} is not YAML: {error}") from error
+    if not isinstance(profile, dict) or not all(isinstance(s, dict | None) for s in profile.values()):
+        raise ValueError(f"the profile {path} does not consist of sections (name:) with parameters (name: value)")
     problems = [
         f"unknown section {s!r} (sections: {', '.join(SECTIONS.values())})"
         for s in profile
@@ -74,7 +79,7 @@ def load_profile(path: str | Path) -> dict[str, dict]:
         given = set(profile.get(section) or {})
         problems += [
             f"{section}: unknown parameter {p!r} ({notebook} has: {', '.join(sorted(wanted))})"
-            for p in sorted(given - wanted)
+            for p in sorted(given - wanted, key=str)
         ]
         problems += [f"{section}: parameter {p!r} is missing" for p in sorted(wanted - given)]
         problems += [  # YAML takes a number such as 1e-6, without a point, for text
@@ -354,7 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
                 raise ValueError(f"CONCEPT must be a whole number, not {args.concept!r}")
             concept = int(args.concept) if args.concept else None
             sys.stdout.write(f"{resolve_concept(args.run, concept, args.gene or None, args.cell_type or None)}\n")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
