@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -40,6 +41,7 @@ def start(work) -> tuple[int, int]:
     out, into = os.pipe()
     child = os.fork()
     if child == 0:
+        signal.alarm(100)  # a child that hangs ends, and fails the test
         try:
             work()
             os._exit(0)  # not through the clean-up of libraries: HDF5's crashes after a failed write
@@ -245,14 +247,29 @@ class TestDownloads:
         assert path.read_bytes() == b"one"
 
 
+NOTEBOOK = """
+run = "runs/mini"
+---
+from scsae_utils.files import run_folder, write_table
+from scsae_utils.runs import load_run
+
+opened = load_run(run)
+write_table(opened.concepts.var, run_folder(run) / "concepts ü.parquet")
+"""
+
+
 def test_a_notebook_runs_on_a_path_with_spaces_and_other_letters(tmp_path, embedded, sae, concepts, tiny_model):
-    run = tmp_path / "mein Lauf — 細胞 'x' #1"
+    run, notebook = tmp_path / "mein Lauf — 細胞 'x' #1", tmp_path / "ein Heft ü.ipynb"
     cells = embedded.copy()
     save_model(tiny_model, run / "modèle")
     cells.uns["scgpt"] = dict(cells.uns["scgpt"], name=str(run / "modèle"))
     write(cells, run / "embedded.h5ad")
     write(concepts, run / "concepts.h5ad")
     save_sae(sae, run / "sae.safetensors")
-    execute(ROOT / "notebooks" / "00_ten_cells.ipynb", run / "notebooks" / "out ü.ipynb", {"run": str(run)})
-    assert (run / "notebooks" / "out ü.ipynb").is_file()
-    assert not list((run / "notebooks").glob("*.failed.ipynb"))
+    content = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in NOTEBOOK.split("---")])
+    content.cells[0].metadata["tags"] = ["parameters"]
+    content.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(content, notebook)
+    execute(notebook, run / "notebooks" / "out ü.ipynb", {"run": str(run)})
+    assert [path.name for path in (run / "notebooks").iterdir()] == ["out ü.ipynb"]
+    assert list(read_table(run / "concepts ü.parquet", "").index) == list(concepts.var_names)
