@@ -1,4 +1,4 @@
-"""A run as jobs of a real SLURM on this machine, with a job and a node's daemon killed in the middle.
+"""A run as jobs of a real SLURM on this machine, with a job and then a whole node killed in the middle.
 
 ``python tools/slurm_test.py`` (or `make test-slurm`) starts munge, a controller and two nodes of one core from a
 configuration of its own, in a temporary folder; runs a profile once on this machine and once through SLURM, sharded;
@@ -101,6 +101,23 @@ class Slurm:
                 return self
         self.__exit__()
         sys.exit(f"SLURM did not start (nodes: {states}); see the logs in {at}")
+
+    def kill_node(self, node: str) -> None:
+        """As when a machine goes down: its daemon, and all that runs there for SLURM."""
+        self.daemons[node].kill()
+        jobs = subprocess.run(
+            ["squeue", "--noheader", f"--nodelist={node}", "--format=%i"],
+            env=self.environment, capture_output=True, text=True, check=True,
+        ).stdout.split()  # fmt: skip
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                command, variables = ((process / name).read_text().split("\0") for name in ("cmdline", "environ"))
+                step = any(command[0].startswith(f"slurmstepd: [{job}.") for job in jobs)
+                there = f"SLURMD_NODENAME={node}" in variables and str(self.folder) in "".join(variables)
+                if step or there:
+                    os.kill(int(process.name), signal.SIGKILL)
+            except (OSError, UnicodeDecodeError):
+                continue
 
     def __exit__(self, *error) -> None:
         subprocess.run(["scancel", "--user=root"], env=self.environment, timeout=30)
@@ -213,8 +230,8 @@ def main() -> None:
             os.kill(process, signal.SIGKILL)
             say(f"killed the job of part {part} of the embedding on {node}")
             process, part, node = in_the_middle(running, there, run, "screen", screens, args.shards, "node1")
-            slurm.daemons[node].kill()
-            say(f"killed the daemon of {node}, which was at part {part} of the attributions")
+            slurm.kill_node(node)
+            say(f"killed {node}, daemon and all, which was at part {part} of the attributions")
             failed = running.wait()
             said = (there / "snakemake.log").read_text()
             if failed:
