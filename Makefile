@@ -10,7 +10,7 @@ BIN = .venv/bin
 SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --config profile=$(PROFILE) shards=$(SHARDS) threads=$(CORES) --workflow-profile cluster/$(CLUSTER) --cores $(CORES) \
 	--quiet rules progress host reason --max-checksum-file-size 1000000000 --
 
-.PHONY: help book test test-slurm concept fetch lint clean
+.PHONY: help book test test-slurm concept fetch unlock lint clean
 
 help:
 	@echo "make book                     execute the notebooks and render the book  [PROFILE=profiles/mini.yaml]"
@@ -20,6 +20,7 @@ help:
 	@echo "make test                     run the tests"
 	@echo "make test-slurm               run the tiny profile through a SLURM on this machine (needs slurm-wlm, munge, root)"
 	@echo "make lint                     check the style of the code"
+	@echo "make unlock                   let a run start again in a folder whose last run was killed"
 	@echo "make clean                    delete all runs and books (not .venv)"
 
 # The packages, in the exact versions of constraints.txt.
@@ -71,6 +72,9 @@ test: .venv/installed-test
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+unlock: .venv/installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --config profile=$(PROFILE) --cores 1 --unlock
 
 clean:
 	rm -rf runs
