@@ -33,7 +33,8 @@ def messages(module: str) -> list[str]:
         raise ValueError(f"there is no module {module!r}")
     raised = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Raise) and n.exc is not None]
     raised = sorted((n for n in raised if isinstance(n.exc, ast.Call) and n.exc.args), key=lambda n: n.lineno)
-    texts = [re.sub("…+", "…", " ".join(text_of(n.exc.args[0]).split())) for n in raised]
+    texts = [text for n in raised for text in map(text_of, n.exc.args)]  # an OSError has a number before its text
+    texts = [re.sub("…+", "…", " ".join(text.split())) for text in texts]
     return list(dict.fromkeys(t for t in texts if re.search(r"\w", t)))
 
 
