@@ -204,7 +204,7 @@ class TestTwoProcesses:
         assert sorted(units) == [f"block-{i:05d}" for i in range(4)]  # each once
 
     def test_two_runs_in_one_folder(self, tmp_path):
-        """The second is refused by Snakemake's lock, and harms nothing."""
+        """The second is refused by Snakemake's lock, and harms nothing; the lock of a killed run can be lifted."""
         for name in ("Snakefile", "notebooks", "profiles", "scsae_utils"):
             (tmp_path / name).symlink_to(ROOT / name)
         shutil.copy(ROOT / "tests" / "tiny.yaml", tmp_path)
@@ -228,6 +228,8 @@ class TestTwoProcesses:
         finally:
             os.killpg(first.pid, signal.SIGKILL)
             first.communicate()
+        subprocess.run([*command[:-2], "--unlock"], check=True, **options)  # as `make unlock` does
+        assert not list((tmp_path / ".snakemake" / "locks").glob("*"))
 
 
 class TestDownloads:
