@@ -9,8 +9,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import anndata as ad
-
 from .attribution import AttributionConfig
 from .book import load_profile
 from .cells import load_cells
@@ -22,6 +20,7 @@ from .scgpt import load_model
 from .screening import ScreeningConfig, attribute_all
 from .shards import Part
 from .significance import work_folder
+from .stream import open_panel
 
 CELLS = Path("shards", "cells.h5ad")  # of a run: the cells of chapter 1 before they are embedded
 
@@ -38,7 +37,7 @@ def embed_part(profile: dict, run: Path, part: Part) -> None:
     """Embed a part of the blocks of chapter 1."""
     given, folder = profile["embedding"], run_folder(run)
     settings = {name: given[name] for name in ("ties", "seed", "precision", "device", "block_cells")}
-    adata = ad.read_h5ad(folder / CELLS, backed="r")
+    adata = open_panel(folder / CELLS)
     embed(adata, load_model(given["model"]), **settings, folder=folder / "embedding", part=part, progress=False)
 
 
