@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -180,7 +181,7 @@ def alternative_text(source: str) -> str:
 
 
 def page(notebook: Path, title: str | None = None) -> dict:
-    """A notebook as a page; ``title`` replaces the first heading.
+    """A notebook as a page; ``title`` replaces the first heading, and is of a page one folder below the chapters.
 
     The cell that papermill injected is folded, or left out if it says nothing new. Figures get their alternative text,
     and the first cell says how long the notebook ran.
@@ -203,7 +204,19 @@ def page(notebook: Path, title: str | None = None) -> dict:
     if title:
         first = next(c for c in content["cells"] if c["cell_type"] == "markdown")
         first["source"] = re.sub(r"^# .*", f"# {title}", "".join(first["source"]), count=1)
+        for part, name in texts(content):
+            part[name] = re.sub(r"\]\((?!\w+:|[#/])", "](../", "".join(part[name]))
     return content
+
+
+def texts(content: dict) -> Iterator[tuple[dict, str]]:
+    """Where a notebook has Markdown: its cells and outputs, each with the key of the text."""
+    for cell in content["cells"]:
+        if cell["cell_type"] == "markdown":
+            yield cell, "source"
+        for output in cell.get("outputs", []):
+            if "text/markdown" in output.get("data", {}):
+                yield output["data"], "text/markdown"
 
 
 def benchmark_table(path: Path) -> str:

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -151,6 +152,18 @@ def train_sae(
     return train_saes(cells, [config or SAEConfig(**settings)], key, held_out, checkpoint, progress)[0]
 
 
+@contextmanager
+def without_denormals():
+    """Tiny numbers count as zero: the optimiser's moments of silent concepts would slow every step tenfold."""
+    before = (torch.tensor([1e-40]) * 1).item() == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
+@without_denormals()
 def train_saes(
     cells,
     configs: Sequence[SAEConfig],
@@ -204,7 +217,6 @@ def train_saes(
     if watched is not None:
         digest = hashlib.sha256(digest.encode() + watched.cpu().numpy().tobytes()).hexdigest()
 
-    torch.set_flush_denormal(True)  # the optimiser's moments of silent concepts would slow every step tenfold
     median = geometric_median(sample)
     trainees = [start(config, median, sample) for config in configs]
     if checkpoint is not None and Path(checkpoint).is_file():

@@ -38,10 +38,11 @@ def tables(folder: Path) -> None:
 
 
 def test_two_processes_write_the_same_bytes(tmp_path):
-    tables(tmp_path / "one")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "PYTHONHASHSEED": "7"}
     code = "import sys, pathlib, test_reproducible as t; t.tables(pathlib.Path(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "two")], env=environment, check=True)
+    for name, seed in (("one", "1"), ("two", "7")):
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], env=environment, check=True)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert len(names) == 5 and names == sorted(path.name for path in (tmp_path / "two").iterdir())
     different = [n for n in names if (tmp_path / "one" / n).read_bytes() != (tmp_path / "two" / n).read_bytes()]

@@ -33,6 +33,12 @@ def weights(sae: SAE) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in sae.state_dict().items()}
 
 
+def test_training_leaves_the_processor_as_it_was():
+    """Tiny numbers are zero in training only: what comes after it is the same as without it."""
+    train_sae(data(), **QUICK)
+    assert (torch.tensor([1e-40]) * 1).item() > 0
+
+
 class TestMedian:
     def test_geometric_median_resists_outliers(self):
         """Of the corners of a square and its centre it is the centre; one far point does not draw it away."""
