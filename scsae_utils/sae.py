@@ -355,23 +355,26 @@ def keep_largest(u: Tensor, n: int, per_row: bool = False) -> Tensor:
     return torch.zeros_like(flat).scatter(-1, where, values).view_as(u)
 
 
+ABOUT = "about"  # all metadata in one entry: safetensors keeps several in an order that changes from run to run
+
+
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict) -> None:
     """Write safetensors whole or not at all, with JSON metadata."""
-    tensors, texts = (
-        {k: v.detach().contiguous() for k, v in tensors.items()},
-        {k: json.dumps(v) for k, v in metadata.items()},
-    )
+    tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
     with whole(path) as part:
-        save_file(tensors, part, texts)
+        save_file(tensors, part, {ABOUT: json.dumps(metadata)})
 
 
 def read_metadata(path: str | Path) -> dict:
     """The JSON metadata of a file from :func:`write_tensors`."""
     try:
         with safe_open(str(path), "pt") as file:
-            return {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+            metadata = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path} cannot be read: its metadata are no table")
+    return metadata
 
 
 def save_sae(sae: Dictionary, path: str | Path) -> None:
