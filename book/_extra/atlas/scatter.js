@@ -50,7 +50,7 @@ scsaeAtlas.scatter = (points, { label: name, height = 340, zoom = true }) => {
     order = places;
     faint = new Uint8Array(n).fill(1);
     for (const i of order) faint[i] = 0;
-    requestAnimationFrame(repaint); // one frame after what changed beside the map, which is read first
+    requestAnimationFrame(() => requestAnimationFrame(repaint)); // after the frame with the list, which is read first
   }
 
   function under(event) {
