@@ -12,9 +12,11 @@ import re
 from pathlib import Path
 
 import yaml
+from pooch import file_hash
 
 from .book import ROOT, SECTIONS, load_profile
-from .provenance import code_version, sha256, versions
+from .files import whole
+from .provenance import code_version, versions
 
 # Digits that are names and no results: F1, bfloat16, [](../notebooks/01_embedding.ipynb), Figure 2f, (paper: 304).
 NAMES = "|".join(
@@ -96,7 +98,7 @@ def provenance(run: Path) -> dict:
     profile = ROOT / "profiles" / f"{run.name}.yaml"
     files = {"cells": run / "embedded.h5ad", "dictionary": run / "sae.safetensors"}
     return {
-        **{name: sha256(path) if path.is_file() else "" for name, path in files.items()},
+        **{name: file_hash(str(path)) if path.is_file() else "" for name, path in files.items()},
         "profile": load_profile(profile) if profile.is_file() else {},
         **code_version(),
         "versions": {name: number for name, number in versions().items() if name in PACKAGES},
@@ -108,9 +110,8 @@ def write_claims(run: Path) -> Path:
     notebooks = [run / "notebooks" / f"{name}.ipynb" for name in SECTIONS]
     claims = [claim for notebook in notebooks for claim in read_claims(notebook)]
     path = run / "claims.json"
-    part = path.with_suffix(".json.part")
-    part.write_text(json.dumps({"provenance": provenance(run), "claims": claims}, indent=1, default=str) + "\n")
-    part.replace(path)
+    with whole(path) as part:
+        part.write_text(json.dumps({"provenance": provenance(run), "claims": claims}, indent=1, default=str) + "\n")
     return path
 
 

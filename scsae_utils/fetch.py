@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from pooch import file_hash
 from pooch.utils import unique_file_name
 
 from .book import ROOT, load_profile
 from .download import cache_folder, local_file
+from .files import whole
 from .genesets import COLLECTIONS
 from .provenance import SOURCES as NAMED
-from .provenance import sha256
 from .words import REFSEQ
 
 SOURCES = Path(__file__).parent / "data" / "sources.yaml"
@@ -138,11 +139,10 @@ def check(item: Item) -> None:
         If a file has changed since.
     """
     for path in item.paths:
-        record, digest = path.with_name(path.name + ".sha256"), sha256(path)
+        record, digest = path.with_name(path.name + ".sha256"), file_hash(str(path))
         if not record.is_file():
-            part = record.with_name(record.name + ".part")
-            part.write_text(digest + "\n")
-            part.replace(record)
+            with whole(record) as part:
+                part.write_text(digest + "\n")
         elif record.read_text().strip() != digest:
             raise ValueError(f"{path} is not the file that it was: damaged or changed. To accept it, delete {record}")
 

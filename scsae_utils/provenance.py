@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -12,6 +11,11 @@ import tomllib
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from pooch import file_hash
+from pooch.utils import unique_file_name
+
+from .files import whole
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("cells", "model", "descriptions", "collection", "gene_sets")  # parameters that can name files
@@ -62,19 +66,11 @@ def code_version() -> dict:
     return {"commit": git("rev-parse", "HEAD"), "changed": git("diff", "--name-only", "HEAD").splitlines()}
 
 
-def sha256(path: Path) -> str:
-    """Checksum of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def inputs(values: dict) -> dict[str, str]:
     """Checksums of the files, model folders and downloads that a chapter's parameters name.
 
     Cells and texts that travel in packages have none: their versions are those of the packages.
     """
-    from pooch.utils import unique_file_name
-
     from .download import cache_folder
 
     found = {}
@@ -87,7 +83,7 @@ def inputs(values: dict) -> dict[str, str]:
         path = cache_folder() / unique_file_name(url) if url else ROOT / value
         files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
         files = [file for file in files if file.suffix != ".sha256"]  # records of `make fetch`
-        found |= {value if file == path else f"{value}/{file.name}": sha256(file) for file in files}
+        found |= {value if file == path else f"{value}/{file.name}": file_hash(str(file)) for file in files}
     return found
 
 
@@ -120,13 +116,12 @@ def write_provenance(run: Path, chapters: list[Path]) -> Path:
         **code_version(),
         "machine": machine(),
         "versions": versions(),
-        "results": {p.name: sha256(p) for p in results},
+        "results": {p.name: file_hash(str(p)) for p in results},
         "chapters": about,
     }
     path = run / "provenance.json"
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
+    with whole(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 
