@@ -64,6 +64,14 @@ def draw(base, factors, labels, depth, seed):
     return data[:n], indices[:n], indptr
 
 
+def gene_names() -> list[str]:
+    """Symbols of human genes, and made-up names for as many as there are more."""
+    from scsae_utils.words import gene_table
+
+    symbols = list(gene_table().index[:GENES])
+    return symbols + [f"G{i}" for i in range(GENES - len(symbols))]
+
+
 def write_file(folder: Path, n: int) -> dict:
     """The generated h5ad; no more than a block of it is in memory."""
     import anndata as ad
@@ -93,7 +101,7 @@ def write_file(folder: Path, n: int) -> dict:
         columns = {"type": labels[:, 0], "coarse": labels[:, 0] // 5, "tissue": labels[:, 1], "donor": labels[:, 2]}
         obs = pd.DataFrame({name: pd.Categorical([f"{name} {i}" for i in of]) for name, of in columns.items()})
         ad.io.write_elem(file, "obs", obs.set_axis([f"cell{i}" for i in range(n)]))
-        ad.io.write_elem(file, "var", pd.DataFrame(index=[f"G{i}" for i in range(GENES)]))
+        ad.io.write_elem(file, "var", pd.DataFrame(index=gene_names()))
     return {
         "genes of a cell, median": float(np.median(expressed)),
         "stored values": int(expressed.sum()),
@@ -101,15 +109,15 @@ def write_file(folder: Path, n: int) -> dict:
     }
 
 
-def network():
-    """scGPT of one layer, 32 wide, random weights; its vocabulary is the genes of the file."""
+def network(dim: int = 32):
+    """scGPT of one layer, ``dim`` wide, random weights; its vocabulary is the genes of the file."""
     import torch
 
     from scsae_utils.scgpt import ScGPT, ScGPTConfig
 
     torch.manual_seed(0)
-    tokens = ["<pad>", "<cls>", *(f"G{i}" for i in range(GENES))]
-    return ScGPT(ScGPTConfig(32, 2, 32, 1), {token: i for i, token in enumerate(tokens)}).eval()
+    tokens = ["<pad>", "<cls>", *gene_names()]
+    return ScGPT(ScGPTConfig(dim, 2, dim, 1), {token: i for i, token in enumerate(tokens)}).eval()
 
 
 def choose_genes(folder: Path, n: int) -> dict:

@@ -27,6 +27,7 @@ UNASSIGNED = "Unassigned"
 PLAIN = str.maketrans({"<": "‹", ">": "›", "`": "'"})
 DATE = r"(?i)\d{1,2}-(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)|\d{4}-\d\d-\d\d.*"  # SEPT2 in a spreadsheet
 TARGET_SUM = 1e4  # counts per cell before the logarithm
+TABLE_1 = "Table 1"  # in place of a column of the mid or high level: the paper's own
 
 # Low-level label: (mid, high), in the words of the paper's Table 1 where it has them ("Myeloid" for its "Myeloblast").
 HIERARCHY = {
@@ -204,6 +205,34 @@ def check_values(adata: AnnData) -> str:
     return "log1p"
 
 
+def paper_types() -> pd.DataFrame:
+    """The paper's Table 1: the 45 cell types of the Cross-tissue Immune Cell Atlas, in 16 mid- and 10 high-level ones.
+
+    Returns
+    -------
+    By cell type: ``mid``, ``high`` ("Myeloid" for the paper's "Myeloblast") and ``cells``, their number.
+    """
+    return pd.read_csv(Path(__file__).with_name("data") / "cell_types.tsv", sep="\t", index_col="cell_type")
+
+
+def levels_of_paper(labels: pd.Series, level: str) -> pd.Series:
+    """The ``mid`` or ``high`` level of cell types of :func:`paper_types`; what has no label has none there either.
+
+    Raises
+    ------
+    ValueError
+        If there are labels that the table does not know; names them.
+    """
+    known = paper_types()[level].to_dict() | {UNASSIGNED: UNASSIGNED}
+    other = [name for name in labels.unique() if name not in known]
+    if other:
+        raise ValueError(
+            f"the paper's {TABLE_1} does not know {len(other)} of the cell types ({', '.join(other[:5])}): "
+            f"give columns of obs as the mid and high level, or none{near_misses(other[0], known)}"
+        )
+    return labels.map(known)
+
+
 def describe(adata: AnnData, path: Path, columns: dict[str, str | None]) -> tuple[pd.DataFrame, pd.Index]:
     """Labels and symbols of a file's cells and genes, checked; its expression is not looked at.
 
@@ -211,8 +240,10 @@ def describe(adata: AnnData, path: Path, columns: dict[str, str | None]) -> tupl
     ----------
     columns
         Our name of a label (``cell_type``, ``cell_type_mid``, ``cell_type_high``, ``study``) to the file's column, or
-        None.
+        None; for the mid and high level also :data:`TABLE_1`.
     """
+    of_paper = [name for name in ("cell_type_mid", "cell_type_high") if columns[name] == TABLE_1]
+    columns = columns | dict.fromkeys(of_paper)
     for column in filter(None, columns.values()):
         if column not in adata.obs:
             found = ", ".join(map(str, adata.obs.columns)) or "none"
@@ -236,6 +267,8 @@ def describe(adata: AnnData, path: Path, columns: dict[str, str | None]) -> tupl
             "%d genes are named like dates (%s): did a spreadsheet rename them?", len(dates), ", ".join(dates[:3])
         )
     obs = pd.DataFrame({new: plain_labels(adata.obs[old]) for new, old in columns.items() if old})
+    for name in of_paper:
+        obs[name] = levels_of_paper(obs["cell_type"], name.removeprefix("cell_type_"))
     obs.index = adata.obs_names.astype(str).str.translate(PLAIN)
     if not obs.index.is_unique:
         raise ValueError(f"{obs.index.duplicated().sum()} cell names occur more than once: make obs_names unique")
@@ -307,12 +340,12 @@ def match_genes(symbols: pd.Index, genes) -> tuple[pd.Index, np.ndarray]:
     return symbols, symbols.isin(list(genes))
 
 
-def load_h5ad(path: Path, columns: dict[str, str | None]) -> AnnData:
+def load_file(path: Path, columns: dict[str, str | None]) -> AnnData:
     """Read and check a file of cells, whole; ``columns``: see :func:`describe`."""
     try:
-        adata = ad.read_h5ad(path)
-    except Exception as error:  # h5py and anndata raise whatever the bytes of others lead to
-        raise ValueError(f"{path} is not an .h5ad file that anndata can read: {error}") from error
+        adata = ad.read_zarr(path) if path.is_dir() else ad.read_h5ad(path)
+    except Exception as error:  # h5py, zarr and anndata raise whatever the bytes of others lead to
+        raise ValueError(f"{path} is not an .h5ad or .zarr file that anndata can read: {error}") from error
     obs, symbols = describe(adata, path, columns)
     if adata.X is None:
         raise ValueError(f"{path} holds no X: put counts or log1p values there")
@@ -351,10 +384,11 @@ def load_cells(
     ----------
     cells
         ``"mini"`` (both packaged data sets on their common genes), ``"pbmc68k"`` or ``"celltypist"`` (one of them on
-        its full panel), or the path of an h5ad file with counts or log1p values and gene symbols or Ensembl ids.
+        its full panel), or the path of an h5ad or zarr with counts or log1p values and gene symbols or Ensembl ids.
     label, label_mid, label_high
         For a file: columns of ``obs`` with the cell types at the low, mid and high level. A missing level repeats the
-        one below it.
+        one below it. ``"Table 1"`` for the mid and high one: the paper's grouping (:func:`paper_types`) of the types of
+        ``label``.
     study
         For a file: column of ``obs`` with the study (or donor) of each cell. Default: one study, the file's name.
     n_top_genes
@@ -395,16 +429,16 @@ def load_cells(
             raise FileNotFoundError(
                 f"no cells {str(cells)!r}: give one of {', '.join(SOURCES)} or a path{near_misses(cells, SOURCES)}"
             )
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(
-                f"no file of cells {str(path)!r}; give a path to an .h5ad file or one of {', '.join(SOURCES)}"
+                f"no file of cells {str(path)!r}; give a path to an .h5ad or .zarr file or one of {', '.join(SOURCES)}"
             )
         columns = {"cell_type": label, "cell_type_mid": label_mid, "cell_type_high": label_high, "study": study}
         from . import stream  # which is made of the steps of this module
 
         if out is not None or stream.is_large(path):
             return stream.load_blocks(path, columns, n_top_genes, genes, aliases, out)
-        adata = load_h5ad(path, columns)
+        adata = load_file(path, columns)
     complete(adata.obs)
     if aliases:
         adata.var_names = rename(adata.var_names, aliases)

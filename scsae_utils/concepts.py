@@ -64,6 +64,11 @@ def kept(concepts: AnnData) -> AnnData:
     return concepts[:, concepts.var["kept"].to_numpy()]
 
 
+def attributable(concepts: AnnData) -> AnnData:
+    """The kept concepts that some cell does not activate (a view): the others have no counterfactuals."""
+    return concepts[:, (concepts.var["kept"] & (concepts.var["n_cells"] < concepts.n_obs)).to_numpy()]
+
+
 def number(name: str) -> int:
     """``"concept_17"`` to 17."""
     return int(str(name).removeprefix("concept_"))
@@ -246,7 +251,8 @@ def map_concepts(concepts: AnnData, seed: int = 0) -> np.ndarray:
     neighbors = min(15, vectors.n_obs - 1)
     if vectors.n_obs < 4:
         raise ValueError(f"only {vectors.n_obs} concepts survive post-processing: too few for a map")
-    sc.pp.neighbors(vectors, n_neighbors=neighbors, use_rep="X", metric="cosine", random_state=seed)
+    how = {"metric": "cosine", "transformer": "sklearn"}  # exact neighbours, also of many concepts
+    sc.pp.neighbors(vectors, n_neighbors=neighbors, use_rep="X", **how, random_state=seed)
     sc.tl.umap(vectors, random_state=seed)
     return vectors.obsm["X_umap"]
 
@@ -280,7 +286,7 @@ def check_concept(concepts: AnnData, concept: int) -> int:
 
 
 def best_concept_for_type(concepts: AnnData, cell_type: str) -> int:
-    """The kept concept with the highest F1 of specificity and sensitivity for a cell type of any level.
+    """The concept (:func:`attributable`) with the highest F1 of specificity and sensitivity for a type of any level.
 
     Raises
     ------
@@ -295,16 +301,21 @@ def best_concept_for_type(concepts: AnnData, cell_type: str) -> int:
         raise ValueError(
             f"no cell is a {cell_type!r}{near_misses(cell_type, known) or '; types: ' + ', '.join(sorted(known))}"
         )
-    main = pd.DataFrame({"main_type": cell_type, "level": known[cell_type]}, index=kept(concepts).var_names)
-    scores = score_types(kept(concepts), main)["f1"].fillna(0)
+    there = attributable(concepts)
+    main = pd.DataFrame({"main_type": cell_type, "level": known[cell_type]}, index=there.var_names)
+    scores = score_types(there, main)["f1"].fillna(0)
     if len(scores) == 0 or scores.max() == 0:
         raise ValueError(f"no concept is active in any {cell_type!r} cell")
     return number(scores.idxmax())
 
 
 def concepts_to_attribute(concepts: AnnData, n: int | None, cell_type: str) -> tuple[list[int], int]:
-    """Numbers of ``n`` kept concepts, evenly spread (None: all), and of the best one for a cell type, always in."""
-    surviving, example = [number(name) for name in kept(concepts).var_names], best_concept_for_type(concepts, cell_type)
+    """Numbers of ``n`` of the concepts (None: all), evenly spread, and of the best for a cell type, always in.
+
+    Only of those that some cell does not activate, see :func:`attributable`.
+    """
+    surviving = [number(name) for name in attributable(concepts).var_names]
+    example = best_concept_for_type(concepts, cell_type)
     chosen = np.linspace(0, len(surviving) - 1, n or len(surviving)).round().astype(int)
     return sorted({surviving[i] for i in chosen} | {example}), example
 
@@ -329,19 +340,19 @@ def one_of_each(concepts: AnnData, n: int = 4) -> list[int]:
 def choose_by_types(
     concepts: AnnData, types: list[str], level: str = "mid", min_share: float = 0.8, n: int = 6, max_cosine: float = 0.9
 ) -> list[int]:
-    """Numbers of ``n`` kept concepts whose active cells are of given types, the most active ones of each type in turn.
+    """Numbers of ``n`` concepts whose active cells are of given types, the most active ones of each type in turn.
 
-    Together the types must make up at least ``min_share`` of a concept's active cells; a concept counts for the type
-    that has most of them. One whose activations have a cosine above ``max_cosine`` with those of a concept already
-    chosen says the same again and is passed over. The concepts are returned in order of the share of the first type,
-    highest first.
+    Only of those that some cell does not activate, see :func:`attributable`. Together the types must make up at least
+    ``min_share`` of a concept's active cells; a concept counts for the type that has most of them. One whose
+    activations have a cosine above ``max_cosine`` with those of a concept already chosen says the same again and is
+    passed over. The concepts are returned in order of the share of the first type, highest first.
 
     Raises
     ------
     ValueError
         If a type is not among the labels of the level, or no concept is of these types.
     """
-    shares = type_shares(kept(concepts), level)
+    shares = type_shares(attributable(concepts), level)
     for name in types:
         if name not in shares.columns:
             raise ValueError(f"no cell is a {name!r} at the {level} level{near_misses(name, shares.columns)}")

@@ -414,11 +414,12 @@ def close_store(path: Path) -> np.ndarray:
 def add_umap(adata: AnnData, seed: int = 0, max_cells: int = UMAP_CELLS) -> None:
     """UMAP of the cell embeddings, in ``obsm["X_umap"]``.
 
-    Of more than ``max_cells`` cells, a random sample of so many is laid out, with scanpy's settings; the others are
-    placed among them by ``umap.UMAP.transform``, which moves none of the sample.
+    By exact neighbours. Of more than ``max_cells`` cells, a random sample of so many is laid out, by approximate ones
+    and with scanpy's settings; the others are placed among them by ``umap.UMAP.transform``, which moves none of the
+    sample.
     """
     if adata.n_obs <= max_cells:
-        sc.pp.neighbors(adata, use_rep="X_scGPT", n_neighbors=15, random_state=seed)
+        sc.pp.neighbors(adata, use_rep="X_scGPT", n_neighbors=15, transformer="sklearn", random_state=seed)
         sc.tl.umap(adata, random_state=seed)
         return
     from umap import UMAP  # slow to import, and only needed here

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from pooch import file_hash
 from pooch.utils import unique_file_name
 
 from .book import ROOT, load_profile
 from .download import cache_folder, local_file
-from .files import whole
+from .files import checksum, files_of, whole
 from .genesets import COLLECTIONS
 from .provenance import SOURCES as NAMED
 from .words import REFSEQ
@@ -58,7 +57,7 @@ class Item:
 
     @property
     def missing(self) -> list[Path]:
-        return [path for path in self.paths if not path.is_file()]
+        return [path for path in self.paths if not path.exists()]
 
 
 def items(profile: dict[str, dict], sources: dict[str, dict]) -> list[Item]:
@@ -77,12 +76,6 @@ def items(profile: dict[str, dict], sources: dict[str, dict]) -> list[Item]:
             path = ROOT / value
             found.append(Item(value, files_of(path), "your own"))
     return found
-
-
-def files_of(path: Path) -> list[Path]:
-    """A file, or the files of a folder, without the records of their checksums."""
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    return [file for file in files if file.suffix != ".sha256"]
 
 
 def item_of(name: str, source: dict) -> Item:
@@ -139,7 +132,7 @@ def check(item: Item) -> None:
         If a file has changed since.
     """
     for path in item.paths:
-        record, digest = path.with_name(path.name + ".sha256"), file_hash(str(path))
+        record, digest = path.with_name(path.name + ".sha256"), checksum(path)
         if not record.is_file():
             with whole(record) as part:
                 part.write_text(digest + "\n")
@@ -148,8 +141,9 @@ def check(item: Item) -> None:
 
 
 def size(paths: list[Path]) -> float:
-    """Gigabytes of files."""
-    return sum(path.stat().st_size for path in paths if path.is_file()) / 1e9
+    """Gigabytes of files and folders."""
+    files = [p for path in paths for p in ([path] if path.is_file() else path.rglob("*"))]
+    return sum(file.stat().st_size for file in files if file.is_file()) / 1e9
 
 
 def fetch(wanted: list[Item], download: bool = True, say: Callable[[str], object] = sys.stdout.write) -> bool:

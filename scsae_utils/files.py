@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from uuid import uuid4
 import anndata as ad
 import pandas as pd
 from anndata import AnnData
+from pooch import file_hash
 
 
 def run_folder(run: str | Path) -> Path:
@@ -34,6 +36,20 @@ def whole(path: str | Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of a folder, without the records of checksums; of a file or a zarr, itself."""
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() and path.suffix != ".zarr" else [path]
+    return [file for file in files if file.suffix != ".sha256"]
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file; of a folder such as a zarr, that of its files' names and checksums."""
+    if path.is_file():
+        return file_hash(str(path))
+    parts = [f"{p.relative_to(path)} {file_hash(str(p))}" for p in sorted(path.rglob("*")) if p.is_file()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def write(adata: AnnData, path: Path) -> None:

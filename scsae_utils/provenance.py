@@ -12,10 +12,9 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pooch import file_hash
 from pooch.utils import unique_file_name
 
-from .files import whole
+from .files import checksum, files_of, whole
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("cells", "model", "descriptions", "collection", "gene_sets")  # parameters that can name files
@@ -81,9 +80,8 @@ def inputs(values: dict) -> dict[str, str]:
             continue
         url = value.partition("#")[0] if "://" in value else None
         path = cache_folder() / unique_file_name(url) if url else ROOT / value
-        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
-        files = [file for file in files if file.suffix != ".sha256"]  # records of `make fetch`
-        found |= {value if file == path else f"{value}/{file.name}": file_hash(str(file)) for file in files}
+        files = files_of(path) if path.exists() else []
+        found |= {value if file == path else f"{value}/{file.name}": checksum(file) for file in files}
     return found
 
 
@@ -116,7 +114,7 @@ def write_provenance(run: Path, chapters: list[Path]) -> Path:
         **code_version(),
         "machine": machine(),
         "versions": versions(),
-        "results": {p.name: file_hash(str(p)) for p in results},
+        "results": {p.name: checksum(p) for p in results},
         "chapters": about,
     }
     path = run / "provenance.json"

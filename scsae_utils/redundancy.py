@@ -265,7 +265,7 @@ def driver_interactions(
     more = set_losses(adata, model, sae, cells, single, means, progress=progress)
     left_out = losses["set"].isin(names) & ~pd.MultiIndex.from_frame(losses[["concept", "set"]]).isin(keep)
     table = interactions(pd.concat([losses[~left_out], more]), min_loss, max_q)
-    return table.assign(name=table["set"].map(names))
+    return table.assign(name=[names.get(members, np.nan) for members in table["set"]])
 
 
 def tag_genes(found: pd.DataFrame, significant: set[tuple[int, str]]) -> pd.Series:

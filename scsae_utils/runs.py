@@ -8,7 +8,7 @@ from pathlib import Path
 from anndata import AnnData
 
 from .cells import split_cells
-from .concepts import add_taxonomy, best_concept_for_type, check_concept, concept_data, kept, number
+from .concepts import add_taxonomy, attributable, best_concept_for_type, check_concept, concept_data, number
 from .curves import concepts_of_gene
 from .embedding import add_umap, embed
 from .files import read, run_folder
@@ -94,7 +94,7 @@ def find_concept(run: Run, concept: int | None = None, gene: str | None = None, 
         return check_concept(run.concepts, concept)
     if gene is not None:
         lost = concepts_of_gene(run.cells, run.model, run.sae, gene)
-        return number(lost[kept(run.concepts).var_names].idxmax())
+        return number(lost[attributable(run.concepts).var_names].idxmax())
     if cell_type is not None:
         return best_concept_for_type(run.concepts, cell_type)
     raise ValueError("say which concept: by number, gene or cell type")

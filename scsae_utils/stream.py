@@ -9,12 +9,14 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
+import zarr
 from anndata import AnnData
 from numba import njit
 from scipy import sparse
@@ -38,12 +40,12 @@ LARGE = 200_000_000  # stored values of a file from which on it is read in block
 
 
 def is_large(path: Path) -> bool:
-    """Does the matrix ``X`` of an h5ad hold so much that it is to be read in blocks, and can it be?"""
+    """Does the matrix ``X`` of a file hold so much that it is to be read in blocks, and can it be?"""
     try:
-        with h5py.File(path) as file:
+        with opened(path) as file:
             X = file["X"]
             by_gene = X.attrs.get("encoding-type") == "csc_matrix"
-            large = (X["data"] if isinstance(X, h5py.Group) else X).size >= LARGE
+            large = (X if hasattr(X, "size") else X["data"]).size >= LARGE
     except Exception:
         return False  # the reader of small files says what is wrong
     if large and by_gene:
@@ -51,18 +53,28 @@ def is_large(path: Path) -> bool:
     return large and not by_gene
 
 
-class Blocks:
-    """The cells of an h5ad, a block at a time. ``table`` is without expression; layers and the rest are not read."""
+def opened(path: Path) -> AbstractContextManager:
+    """The file of an h5ad, or the group of a zarr, for a ``with``."""
+    try:
+        return nullcontext(zarr.open_group(path, mode="r")) if path.is_dir() else h5py.File(path)
+    except Exception as error:  # h5py and zarr raise whatever the bytes of others lead to
+        raise ValueError(f"{path} is not an .h5ad or .zarr file that anndata can read: {error}") from error
 
-    def __init__(self, path: Path):
+
+class Blocks:
+    """The cells of an open file, a block at a time.
+
+    ``table`` is without expression; layers and the rest are not read.
+    """
+
+    def __init__(self, path: Path, file):
         self.path = path
         try:
-            self.file = h5py.File(path)
-            X = self.file["X"]
-            self.X = ad.io.sparse_dataset(X) if isinstance(X, h5py.Group) else X
-            self.table = AnnData(obs=ad.io.read_elem(self.file["obs"]), var=ad.io.read_elem(self.file["var"]))
-        except Exception as error:  # h5py and anndata raise whatever the bytes of others lead to
-            raise ValueError(f"{path} is not an .h5ad file with X that anndata can read: {error}") from error
+            X = file["X"]
+            self.X = X if hasattr(X, "size") else ad.io.sparse_dataset(X)
+            self.table = AnnData(obs=ad.io.read_elem(file["obs"]), var=ad.io.read_elem(file["var"]))
+        except Exception as error:  # as in opened
+            raise ValueError(f"{path} is not an .h5ad or .zarr file with X that anndata can read: {error}") from error
         if getattr(self.X, "format", "csr") != "csr":
             raise ValueError(f"{path} keeps its expression by gene (CSC): write it as CSR to read it by cells")
         if self.X.shape != self.table.shape:
@@ -239,13 +251,12 @@ def load_blocks(
     """What :func:`scsae_utils.load_cells` returns for a file; ``columns``: see :func:`~scsae_utils.cells.describe`."""
     if out is not None and Path(out).resolve() == path.resolve():
         raise ValueError(f"out is the file that is read: {path}")
-    source = Blocks(path)
-    with source.file, Panel(out) as panel:
-        return fill(panel, source, columns, n_top_genes, genes, aliases)
+    with opened(path) as file, Panel(out) as panel:
+        return fill(panel, Blocks(path, file), columns, n_top_genes, genes, aliases)
 
 
 def fill(panel: Panel, source: Blocks, columns, n_top_genes, genes, aliases) -> AnnData:
-    """The work of :func:`load_blocks`, on opened files."""
+    """The work of :func:`load_blocks`, on open files."""
     obs, symbols = describe(source.table, source.path, columns)
     if genes is not None:  # another species' are refused before the first pass
         match_genes(rename(symbols.unique(), aliases or {}), genes)

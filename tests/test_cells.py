@@ -19,6 +19,7 @@ from scsae_utils.cells import (
     check_values,
     label_by_markers,
     load_cells,
+    paper_types,
     rename,
     split_cells,
     type_table,
@@ -193,6 +194,37 @@ class TestValues:
             check_values(AnnData(np.array(X, np.float32)))
 
 
+class TestLevelsOfThePaper:
+    LABELS = ["Classical monocytes", "Alveolar macrophages", "Tregs", None] * 3
+
+    def test_table_1_is_the_papers(self):
+        table = paper_types()
+        assert table.index.is_unique
+        assert (len(table), table["mid"].nunique(), table["high"].nunique()) == (45, 16, 10)
+        assert table["cells"].sum() == 329_762 and table.at["Megakaryocytes", "cells"] == 317
+
+    def test_it_agrees_with_the_levels_of_the_packaged_cells(self):
+        high = dict(zip(paper_types()["mid"], paper_types()["high"])) | {UNASSIGNED: UNASSIGNED, "NK": "ILC"}
+        assert all(high[mid] == above for mid, above in HIERARCHY.values())
+
+    def test_cells_of_a_file_get_them(self, h5ad):
+        path = h5ad(counts(), obs={"label": self.LABELS})
+        obs = load_cells(path, label="label", label_mid="Table 1", label_high="Table 1").obs
+        expected = [("Monocytes", "Myeloid"), ("Macrophages", "Myeloid"), ("T_CD4", "T"), (UNASSIGNED, UNASSIGNED)]
+        assert list(zip(obs["cell_type_mid"], obs["cell_type_high"])) == expected * 3
+
+    def test_one_level_of_it_and_one_of_the_file(self, h5ad):
+        path = h5ad(counts(), obs={"label": self.LABELS, "mine": ["x", "y"] * 6})
+        obs = load_cells(path, label="label", label_mid="mine", label_high="Table 1").obs
+        assert list(obs["cell_type_mid"][:2]) == ["x", "y"]
+        assert list(obs["cell_type_high"][:3]) == ["Myeloid", "Myeloid", "T"]
+
+    def test_other_types_are_named(self, h5ad):
+        path = h5ad(counts(), obs={"label": ["Treg", "Tregs"] * 6})
+        with pytest.raises(ValueError, match="does not know 1 of the cell types .Treg.: .*did you mean 'Tregs'"):
+            load_cells(path, label="label", label_mid="Table 1")
+
+
 class TestFiles:
     def test_counts_become_log_values_and_are_kept(self, h5ad):
         X = counts()
@@ -294,7 +326,7 @@ class TestFiles:
         }.items():
             path = tmp_path / f"{name}.h5ad"
             path.write_bytes(content)
-            with pytest.raises(ValueError, match=f"{name}.h5ad is not an .h5ad file that anndata can read"):
+            with pytest.raises(ValueError, match=f"{name}.h5ad is not an .h5ad or .zarr file that anndata can read"):
                 load_cells(path, label="label")
 
     def test_another_hdf5_file_is_refused(self, tmp_path):

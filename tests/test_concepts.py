@@ -12,10 +12,12 @@ from scsae_utils.concepts import (
     KINDS,
     active_counts,
     add_taxonomy,
+    attributable,
     best_concept_for_type,
     check_concept,
     choose_by_types,
     concept_data,
+    concepts_to_attribute,
     kept,
     map_concepts,
     number,
@@ -293,6 +295,15 @@ class TestChoosing:
         with pytest.raises(ValueError, match=f"no cell is a '{UNASSIGNED}'"):
             best_concept_for_type(make([UNASSIGNED, "b"], [0, 1]), UNASSIGNED)
 
+    def test_a_concept_that_every_cell_activates_is_passed_over(self):
+        """It has no counterfactuals, though here it fits the type better than the others do."""
+        types = ["b"] * 6 + ["cm"] * 2
+        concepts = make(types, range(8), [0, 1, 2], [6, 7])
+        assert list(attributable(concepts).var_names) == ["concept_1", "concept_2"]
+        assert best_concept_for_type(concepts, "b") == 1  # F1 2/3 against 6/7
+        assert concepts_to_attribute(concepts, None, "b") == ([1, 2], 1)
+        assert choose_by_types(concepts, ["b"], "low", min_share=0.7) == [1]
+
     def test_choose_by_types(self, five):
         assert choose_by_types(five, ["b"]) == [0, 1]  # 21 of summed activation, then 6
         assert choose_by_types(five, ["b", "mono"], n=2) == [0, 2]
@@ -303,7 +314,7 @@ class TestChoosing:
             choose_by_types(five, ["cm"], "low")
 
     def test_a_concept_that_says_the_same_again_is_passed_over(self):
-        concepts = make(["b"] * 3, [0, 1, 2], [1, 2], [0, 2])  # activations (1, 2, 3), (0, 1, 2), (1, 0, 2)
+        concepts = make(["b"] * 3 + ["cm"], [0, 1, 2], [1, 2], [0, 2])  # activations (1, 2, 3), (0, 1, 2), (1, 0, 2)
         assert choose_by_types(concepts, ["b"]) == [0, 2]  # cosine with the first: 8 / sqrt(70) = 0.96 and 0.84
         assert choose_by_types(concepts, ["b"], max_cosine=1.0) == [0, 1, 2]
 

@@ -5,9 +5,11 @@ Cells are read whole and in blocks; either way the file that was given stays as 
 
 import json
 import pickle
+import shutil
 
 import anndata as ad
 import h5py
+import numcodecs
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,6 +26,7 @@ from scsae_utils.scgpt import ScGPTConfig, save_model
 
 GENES = [f"GENE{i}" for i in range(15)]
 N = 12
+NO_CELLS = "not an .h5ad or .zarr file"
 COUNTS = np.random.default_rng(0).poisson(1.0, (N, len(GENES))).astype(np.float32)
 COUNTS[:, 0] += 1
 LOGS = np.log1p(COUNTS / COUNTS.sum(1, keepdims=True) * 1e4)
@@ -113,17 +116,17 @@ PLAIN_HTML = "‹b onclick=\"x('y')\"›A & B‹/b›"
 HTML = ["<b onclick=\"x('y')\">A & B</b>", "`c`", "d\ne "]
 
 CELLS = [  # what, how the file is made and loaded, what must happen: the words of the error, or a check of the cells
-    ("a file that was cut off in the middle", {"after": cut(0.5)}, "not an .h5ad file"),
-    ("a file that lacks its last bytes", {"after": cut(0.99)}, "not an .h5ad file"),
-    ("an empty file", {"after": cut(0)}, "not an .h5ad file"),
+    ("a file that was cut off in the middle", {"after": cut(0.5)}, NO_CELLS),
+    ("a file that lacks its last bytes", {"after": cut(0.99)}, NO_CELLS),
+    ("an empty file", {"after": cut(0)}, NO_CELLS),
     ("a matrix that points outside of its columns", damaged(lambda f: f["X/indices"].__setitem__(3, 999)), "damaged"),
     ("a matrix that points before its columns", damaged(lambda f: f["X/indices"].__setitem__(3, -5)), "damaged"),
     ("a matrix whose rows do not follow each other", damaged(lambda f: f["X/indptr"].__setitem__(3, 99)), "damaged"),
     ("a matrix that ends before its last row", damaged(lambda f: f["X/indptr"].__setitem__(-1, 10**6)), "damaged"),
     ("fewer values than the matrix says", damaged(put("X/data", COUNTS[COUNTS > 0][2:])), "damaged"),
-    ("fewer cell names than cells", damaged(put("obs/_index", [b"a", b"b"])), "not an .h5ad file"),
-    ("an index of cells that is not there", damaged(lambda f: f["obs"].attrs.update(_index="x")), "not an .h5ad file"),
-    ("labels whose codes have no category", damaged(put("obs/label/codes", np.full(N, 77, "i1"))), "not an .h5ad file"),
+    ("fewer cell names than cells", damaged(put("obs/_index", [b"a", b"b"])), NO_CELLS),
+    ("an index of cells that is not there", damaged(lambda f: f["obs"].attrs.update(_index="x")), NO_CELLS),
+    ("labels whose codes have no category", damaged(put("obs/label/codes", np.full(N, 77, "i1"))), NO_CELLS),
     ("counts by gene (CSC)", {"X": sparse.csc_matrix(COUNTS), "whole_only": True}, same_expression),
     ("genes of a mouse", {"symbols": [g.capitalize() for g in GENES], **ALL}, "Gene0: GENE0.*human orthologues"),
     ("some genes in other capitals", {"symbols": [*map(str.lower, GENES[:5]), *GENES[5:]], **ALL}, same_expression),
@@ -255,6 +258,43 @@ class Bomb:
 
     def __reduce__(self):
         return open, (str(Bomb.where), "w")
+
+
+def pickled(path):
+    """Put a pickle bomb in place of the labels of a zarr."""
+    label, codec = path / "obs" / "label", numcodecs.Pickle()
+    shutil.rmtree(label)
+    label.mkdir()
+    about = {"zarr_format": 2, "shape": [N], "chunks": [N], "dtype": "|O", "order": "C", "fill_value": 0}
+    about |= {"filters": [{"id": "vlen-utf8"}], "compressor": codec.get_config()}  # text, compressed by pickling
+    (label / ".zarray").write_text(json.dumps(about))
+    (label / ".zattrs").write_text(json.dumps({"encoding-type": "string-array", "encoding-version": "0.2.0"}))
+    (label / "0").write_bytes(codec.encode(np.array([Bomb()] * N, object)))
+
+
+ZARRS = [  # what is done to a zarr, what must be said
+    ("pickled labels", pickled, "not an .h5ad or .zarr file.*: Pickle.decode is disabled"),
+    ("a folder without anything", lambda path: (shutil.rmtree(path), path.mkdir()), NO_CELLS),
+    ("no X", lambda path: shutil.rmtree(path / "X"), "X"),
+    ("half of the values", lambda path: cut(0.5)(next((path / "X" / "data").glob("0*"))), "zarr"),
+    ("metadata that are no JSON", lambda path: (path / ".zgroup").write_bytes(b"{"), NO_CELLS),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("blocks", [False, True], ids=["whole", "in blocks"])
+@pytest.mark.parametrize("damage, must", [pytest.param(*row[1:], id=row[0]) for row in ZARRS])
+def test_zarrs(damage, must, blocks, tmp_path):
+    Bomb.where = tmp_path / "exploded"
+    path = tmp_path / "cells.zarr"
+    obs = pd.DataFrame({"label": np.resize(["a", "b", "c"], N)}, [f"cell{i}" for i in range(N)])
+    with ad.settings.override(zarr_write_format=2):
+        AnnData(sparse.csr_matrix(COUNTS), obs, pd.DataFrame(index=GENES)).write_zarr(path)
+    (path / ".zmetadata").unlink(missing_ok=True)
+    damage(path)
+    with pytest.raises(ValueError, match=must):
+        load_cells(path, label="label", **({"out": tmp_path / "out.h5ad"} if blocks else {}))
+    assert [p.name for p in tmp_path.iterdir()] == ["cells.zarr"]
 
 
 def plain_pickle(folder):

@@ -6,10 +6,12 @@ import pytest
 import torch
 from conftest import naive
 
+from scsae_utils import redundancy
 from scsae_utils.attribution import attribute, choose_prototypes
 from scsae_utils.embedding import cell_tokens, token_ids
 from scsae_utils.redundancy import (
     Change,
+    driver_interactions,
     interactions,
     module_genes,
     occlude_sets,
@@ -107,6 +109,20 @@ def test_modules_are_families_and_no_namesakes():
     assert found["immunoglobulin"] == ["IGKC", "IGHM", "IGLC2", "IGHV3-23", "JCHAIN"]
     assert found["alarmins"] == ["S100A8", "S100A9", "S100A12"]
     assert module_genes(["S100A8", "MTOR"]) == {}  # one gene is no module
+
+
+@pytest.mark.parametrize("min_loss", [0, 2], ids=["with the module", "without"])
+def test_interactions_of_drivers_and_of_modules(fed, tiny_model, relu_sae, rows, monkeypatch, min_loss):
+    """Every pair of the genes, and of the modules those that the concept loses enough without."""
+    genes = [gene for gene in fed.var_names if (fed[rows, gene].X.toarray() > 0).all()][:3]
+    monkeypatch.setattr(redundancy, "MODULES", {"family": "|".join(genes)})
+    means = mean_bins(fed, {4: np.arange(5)})
+    found = driver_interactions(
+        fed, tiny_model, relu_sae, {4: rows}, {4: genes}, means, min_loss, progress=False
+    ).set_index("set")
+    assert list(found.index[:3]) == [tuple(genes[:2]), (genes[0], genes[2]), tuple(genes[1:])]
+    assert found["name"][:3].isna().all()
+    assert found["name"][3:].to_dict() == ({} if min_loss else {tuple(genes): "family (3)"})
 
 
 def losses(**sets) -> pd.DataFrame:

@@ -2,9 +2,18 @@
 
 import numpy as np
 import pytest
+import scanpy as sc
 from anndata import AnnData
 
 from scsae_utils.embedding import add_umap
+
+
+def test_neighbours_are_exact_also_where_scanpy_would_take_approximate_ones(monkeypatch):
+    """From 8,192 cells on: what some versions of pynndescent answer, scanpy cannot read."""
+    monkeypatch.setattr(sc.tl, "umap", lambda adata, random_state: None)
+    cells = AnnData(obsm={"X_scGPT": np.arange(9000, dtype=np.float32)[:, None]})
+    add_umap(cells)
+    assert set(cells.obsp["distances"][4000].indices) == {*range(3993, 4008)} - {4000}
 
 
 @pytest.fixture(scope="module")
