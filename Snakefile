@@ -102,6 +102,8 @@ rule sae:
     params:
         P["sae"],
     threads: THREADS
+    resources:
+        **GPU,
     shell:
         EXECUTE + " 02_sae"
 
@@ -119,6 +121,8 @@ rule concept_taxonomy:
     params:
         P["concept_taxonomy"],
     threads: THREADS
+    resources:
+        **GPU,
     shell:
         EXECUTE + " 03_concept_taxonomy"
 
@@ -135,6 +139,8 @@ rule case_study:
     params:
         P["case_study"],
     threads: THREADS
+    resources:
+        **GPU,
     shell:
         EXECUTE + " 04_case_study"
 
@@ -151,6 +157,8 @@ rule concept_page:
     params:
         P["case_study"],
     threads: THREADS
+    resources:
+        **GPU,
     shell:
         EXECUTE + " 04_case_study --concept {wildcards.number} || "
         "{{ echo 'The page of concept {wildcards.number} was left out of the book: run make again to go on without it.' >&2; exit 1; }}"
@@ -167,6 +175,8 @@ rule myeloid_concepts:
     params:
         P["myeloid_concepts"],
     threads: THREADS
+    resources:
+        **GPU,
     shell:
         EXECUTE + " 05_myeloid_concepts"
 
@@ -187,6 +197,8 @@ rule drivers:
     params:
         P["drivers"],
     threads: THREADS
+    resources:
+        **GPU,
     shell:
         EXECUTE + " 05b_drivers"
 
@@ -206,6 +218,8 @@ rule evidence:
     params:
         P["evidence"],
     threads: THREADS
+    resources:
+        **GPU,
     shell:
         EXECUTE + " 06_evidence"
 

@@ -163,7 +163,7 @@ def taxonomy_nulls(
     data, rows = {"scGPT": (concepts, sae)}, {}
     for name, X in others.items():
         cells = AnnData(obs=adata.obs, obsm={"X": X})
-        other = train_sae(cells, sae.config, key="X", progress=False)
+        other = train_sae(cells, sae.config, key="X", device=adata.uns["scgpt"].get("device", "cpu"), progress=False)
         data[name] = add_taxonomy(concept_data(cells, other, concepts.uns["min_frequency"], key="X"), threshold), other
     for name, (cells, dictionary) in data.items():
         kinds = kept(cells).var["kind"].value_counts()

@@ -21,6 +21,7 @@ from .sae import Dictionary, load_sae, load_tensors, read_metadata
 ICA_VARIANCE = (
     0.999  # of the training cells; components of the rest are noise, which the whitening of ICA would blow up
 )
+FITTED = 20_000  # cells that a reference is fitted to, at most
 METHODS = ("pca", "ica", "nmf", "raw")
 
 
@@ -70,7 +71,12 @@ class NMFDictionary(Dictionary):
 
 
 def fit_baseline(a: np.ndarray, config: BaselineConfig) -> Dictionary:
-    """Fit a dictionary to the cells a (n, d), which are in memory; its ``config`` has the size that came out."""
+    """Fit a dictionary to the cells a (n, d), of more than :data:`FITTED` to so many that are drawn.
+
+    Its ``config`` has the size that came out.
+    """
+    if len(a) > FITTED:
+        a = a[np.sort(np.random.default_rng(0).permutation(len(a))[:FITTED])]
     a = np.asarray(a, np.float32)
     dim = a.shape[1]
     if config.method == "nmf":

@@ -16,7 +16,7 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from .compat import draw_like_embed_data
-from .encoder import CellEncoder
+from .encoder import CellEncoder, find_device
 from .files import whole
 from .shards import Part, Shards, named_folder
 
@@ -195,19 +195,15 @@ def at_precision(model: CellEncoder, precision: str = "float32", device: str | N
         a CPU bfloat16 where the processor multiplies it, else float32. Half precision is faster where the hardware
         has it; bfloat16 turns a cell embedding by less than one degree, float16 by far less.
     device
-        ``"cpu"``, ``"cuda"``, ``"mps"``; ``"auto"``: the first GPU, else the CPU; None: where the model is.
+        ``"cpu"``, ``"cuda"``, ``"mps"`` or ``"auto"``, see :func:`~scsae_utils.encoder.find_device`; None: where the
+        model is.
 
     Raises
     ------
     ValueError
         For another precision, or a device that is not there.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    target = model.device if device is None else torch.device(device)
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(target.type, False):
-        raise ValueError(f"there is no device {device!r} here; there are: {', '.join(d for d in there if there[d])}")
+    target = model.device if device is None else find_device(device)
     if precision == "auto":
         if target.type == "cpu":
             precision = str(quick_type()).removeprefix("torch.")
@@ -273,7 +269,8 @@ def embed(
     ``adata`` with ``obsm["X_scGPT"]`` (n_cells, d) of unit length, ``layers["bins"]`` (what the model was fed; not for
     backed cells) and the settings in ``uns["scgpt"]``: ``name`` and ``model`` (name and fingerprint of the weights),
     ``ties``, ``seed``, ``precision``, ``compat``, ``workers``, ``n_genes_known``, ``n_genes``, ``n_truncated`` (cells
-    with more genes than the model reads: the highest bins are kept).
+    with more genes than the model reads: the highest bins are kept), ``device`` (as it was asked for: what comes later
+    runs there, too).
 
     Raises
     ------
@@ -349,7 +346,7 @@ def embed(
         X = close_store(Path(out))
     if fed:
         adata.layers["bins"] = sparse.vstack(fed, format="csr")
-    adata.obsm["X_scGPT"], adata.uns["scgpt"] = X, settings
+    adata.obsm["X_scGPT"], adata.uns["scgpt"] = X, {**settings, "device": device or model.device.type}
     return adata
 
 

@@ -17,6 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def find_device(name: str) -> torch.device:
+    """The device of a name; ``"auto"`` is the first GPU, or the CPU where there is none.
+
+    Raises
+    ------
+    ValueError
+        If it is not there.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next((gpu for gpu in ("cuda", "mps") if there[gpu]), "cpu")
+    if not there.get(name.partition(":")[0], False):
+        raise ValueError(f"there is no device {name!r} here; there are: {', '.join(d for d in there if there[d])}")
+    return torch.device(name)
+
+
 @runtime_checkable
 class CellEncoder(Protocol):
     """Something that turns cells into vectors and takes gradients: the function phi of the paper (Sec. 2.1).

@@ -14,7 +14,7 @@ have failed, a grade D that most of them were not refuted, which may be for want
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -101,7 +101,7 @@ def match(U, V) -> np.ndarray:
 
 
 def found_again(
-    concepts: AnnData, others: Sequence, random: Sequence, config: EvidenceConfig | None = None
+    concepts: AnnData, others: Iterable, random: Iterable, config: EvidenceConfig | None = None
 ) -> pd.DataFrame:
     """Line 1. ``value``: share of ``others`` that find the concept again, with Wilson interval; see :func:`match`.
 
@@ -115,15 +115,15 @@ def found_again(
         dictionary.
     """
     config = config or EvidenceConfig()
-    if not len(others) or not len(random):
-        raise ValueError("stability needs at least one other dictionary, and one random one")
     real = kept(concepts)
-    null = np.quantile([match(real.X, each) for each in random], 0.95, axis=0)
-    reached = np.array([match(real.X, other) for other in others])
+    reached, by_chance = (np.array([match(real.X, other) for other in each]) for each in (others, random))
+    if not len(reached) or not len(by_chance):
+        raise ValueError("stability needs at least one other dictionary, and one random one")
+    null = np.quantile(by_chance, 0.95, axis=0)
     n = (reached >= np.maximum(config.min_match, null)).sum(axis=0)
-    low, high = wilson(n, np.full(len(n), len(others)))
-    value = n / len(others)
-    notes = [f"{k} of {len(others)}; mean correlation {r:.2f}" for k, r in zip(n, reached.mean(axis=0))]
+    low, high = wilson(n, np.full(len(n), len(reached)))
+    value = n / len(reached)
+    notes = [f"{k} of {len(reached)}; mean correlation {r:.2f}" for k, r in zip(n, reached.mean(axis=0))]
     return line(real.var_names, value >= config.min_found, value=value, low=low, high=high, null=null, note=notes)
 
 

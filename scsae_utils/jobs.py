@@ -13,7 +13,7 @@ from .attribution import AttributionConfig
 from .book import load_profile
 from .cells import load_cells
 from .concepts import concepts_to_attribute
-from .embedding import at_precision, embed
+from .embedding import embed
 from .files import run_folder, write
 from .runs import load_run
 from .scgpt import load_model
@@ -44,11 +44,10 @@ def embed_part(profile: dict, run: Path, part: Part) -> None:
 def attribute_part(profile: dict, run: Path, part: Part) -> None:
     """Do a part of the attributions of chapter 5b: screen, confirm, or occlude every gene exactly."""
     given, opened = profile["drivers"], load_run(run)
-    model = at_precision(opened.model, "float32", profile["embedding"]["device"])
     chosen, _ = concepts_to_attribute(opened.concepts, given["n_concepts"], given["cell_type"])
     config = AttributionConfig(given["n_prototypes"], given["n_counterfactuals"])
     screening = ScreeningConfig(given["threshold"], given["min_prototypes"])
-    inputs = (opened.cells, model, opened.sae, chosen, config, given["method"], screening)
+    inputs = (opened.cells, opened.model, opened.sae, chosen, config, given["method"], screening)
     folder = work_folder(run_folder(run) / "attribution", *inputs)
     attribute_all(*inputs, folder=folder, part=part, progress=False)
 

@@ -12,6 +12,7 @@ tells how well this separates held-out cells in which the concept is active from
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from anndata import AnnData
 from scipy import sparse
 from scipy.optimize import brentq
 from scipy.stats import norm, rankdata
+from sklearn.utils.sparsefuncs import mean_variance_axis
 
 from .attribution import choose_prototypes
 from .cells import MARKERS
@@ -27,6 +29,8 @@ from .concepts import KINDS
 from .enrichment import over_representation, plain, random_lists
 from .genesets import on_panel
 from .words import without_parts, word_sets
+
+SCORED = 5000  # held-out cells, active and silent ones each, that a score asks at most
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def name_concepts(
     sets
         From :func:`~scsae_utils.genesets.gene_sets`; None: none.
     markers
-        Cell type to marker genes; None: none.
+        Cell type to marker genes; None: none. Types with too few of them on the panel are left out.
 
     Returns
     -------
@@ -142,7 +146,8 @@ def name_concepts(
     ``gene_set``, ``words``, ``markers`` that are significant (the best gene set and marker type, up to ``n_words``
     words), each with its ``_q``; ``genes`` (drivers, strongest first, those that hold back with a minus), ``basis``;
     ``auroc`` with ``auroc_low`` and ``auroc_high`` (95 % interval), ``auroc_random`` (5 % of random lists of like
-    expression exceed it), ``n_active`` (held-out cells that count).
+    expression exceed it), ``n_active`` (active held-out cells that count: of more than :data:`SCORED` active or silent
+    ones, so many are drawn).
 
     Raises
     ------
@@ -161,7 +166,8 @@ def name_concepts(
     if sets is not None:
         sources["gene_set"] = {name: genes for name, genes in on_panel(sets, panel).items() if name[:4] != "TBA "}
     if markers is not None:
-        sources["markers"] = on_panel(markers, panel)
+        with suppress(ValueError):  # the panel has none of them: it is of other cells than they are for
+            sources["markers"] = on_panel(markers, panel)
     described = None
     if words is not None:
         described = words[words.map(len) > 0]
@@ -170,7 +176,9 @@ def name_concepts(
     total = U.T @ adata.X
     total = total.toarray() if sparse.issparse(total) else np.asarray(total)
     expression = total / np.maximum(np.asarray(U.sum(axis=0)).reshape(-1, 1), 1e-12)  # mean, weighted by activation
-    scaled = _scaled(adata)
+    X, split = sparse.csr_matrix(adata.X), concepts.obs["split"].to_numpy()
+    mean, variance = mean_variance_axis(X[split == "train"], axis=0)
+    scale = mean, np.maximum(np.sqrt(variance), 1e-6)
     rows = {}
     for j, concept in enumerate(drivers["concept"].unique()):
         own = chosen[chosen["concept"] == concept]
@@ -187,7 +195,7 @@ def name_concepts(
         row["genes"] = ", ".join(np.where(own["attribution"] < 0, "-", "") + own["gene"])
         row["basis"] = own["basis"].iloc[0] if len(own) else ""
         activation = U[:, [j]].toarray().ravel()
-        row |= _score(own, activation, scaled, concepts.obs["split"].to_numpy(), panel, expression[j], config)
+        row |= _score(own, activation, X, scale, split == "validation", panel, expression[j], config)
         rows[f"concept_{concept}"] = _name(concepts.var.loc[f"concept_{concept}"], int(concept), row)
     return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -217,30 +225,29 @@ def _name(about: pd.Series, concept: int, row: dict) -> dict:
     return {"name": name, "named_by": named_by, "cell_type": cell_type, **row}
 
 
-def _scaled(adata: AnnData) -> np.ndarray:
-    """Log expression (n_cells, n_genes), scaled by mean and standard deviation of the training cells."""
-    X = adata.X.toarray() if hasattr(adata.X, "toarray") else np.asarray(adata.X)
-    train = X[(adata.obs["split"] == "train").to_numpy()]
-    return (X - train.mean(axis=0)) / np.maximum(train.std(axis=0), 1e-6)
+def _score(own, activation, X, scale, held_out, panel, expression, config: NameConfig) -> dict:
+    """AUROC of the drivers on held-out cells, its interval, and that of random lists.
 
-
-def _score(own, activation, scaled, split, panel, expression, config: NameConfig) -> dict:
-    """AUROC of the drivers on held-out cells, its interval, and that of random lists."""
-    cells = split == "validation"
+    ``X`` is log expression; ``scale`` the mean and standard deviation of each gene in the training cells.
+    """
+    held_out, rng = held_out.copy(), np.random.default_rng(config.seed)
     if (activation > 0).any():
-        cells[choose_prototypes(activation, config.n_prototypes)] = False
-    active = activation[cells] > 0
-    n = int(active.sum())
-    nothing = {"auroc": np.nan, "auroc_low": np.nan, "auroc_high": np.nan, "auroc_random": np.nan, "n_active": n}
-    if len(own) == 0 or n in (0, len(active)):
+        held_out[choose_prototypes(activation, config.n_prototypes)] = False
+    groups = (np.flatnonzero(held_out & (activation > 0)), np.flatnonzero(held_out & (activation <= 0)))
+    active, silent = (rng.permutation(rows)[:SCORED] for rows in groups)
+    nothing = dict.fromkeys(["auroc", "auroc_low", "auroc_high", "auroc_random"], np.nan) | {"n_active": len(active)}
+    if len(own) == 0 or 0 in (len(active), len(silent)):
         return nothing
-    sign = np.sign(own["attribution"].to_numpy())
     random = random_lists(own["gene"], panel, config.n_random, expression, seed=config.seed)
     lists = np.vstack([own["gene"].to_numpy()[None], random])
-    columns = pd.Index(panel).get_indexer(lists.ravel()).reshape(lists.shape)
-    values = np.einsum("cmk,k->cm", scaled[cells][:, columns], sign)
-    areas = auroc(values, active)
-    low, high = auroc_interval(areas[0], n, len(active) - n)
+    genes, places = np.unique(pd.Index(panel).get_indexer(lists.ravel()), return_inverse=True)
+    signs = np.zeros((len(genes), len(lists)))  # of each gene in each list
+    numbers = np.repeat(np.arange(len(lists)), lists.shape[1])
+    np.add.at(signs, (places.ravel(), numbers), np.tile(np.sign(own["attribution"].to_numpy()), len(lists)))
+    mean, deviation = (values[genes] for values in scale)
+    values = (X[np.r_[active, silent]][:, genes].toarray() - mean) / deviation @ signs
+    areas = auroc(values, np.arange(len(values)) < len(active))
+    low, high = auroc_interval(areas[0], len(active), len(silent))
     return nothing | {
         "auroc": areas[0],
         "auroc_low": low,

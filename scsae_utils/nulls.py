@@ -5,6 +5,7 @@ Each null goes through the same post-processing, taxonomy, attribution and enric
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,11 +58,11 @@ def random_directions(a: np.ndarray, n_concepts: int, k: int, seed: int = 0) -> 
     return dictionary.eval().requires_grad_(False)
 
 
-def random_activations(case: Case, n: int = 20, seed: int = 0) -> list[sparse.csr_matrix]:
+def random_activations(case: Case, n: int = 20, seed: int = 0) -> Iterator[sparse.csr_matrix]:
     """Activations (n, c) in a case's cells of ``n`` dictionaries of random directions, as large and as sparse."""
     a = case.cells.obsm["X_scGPT"]
     size, k = case.dictionary.config.n_concepts, max(1, round(l0(case.activations())))
-    return [random_directions(a, size, k, seed + i).activations(a) for i in range(n)]
+    return (random_directions(a, size, k, seed + i).activations(a) for i in range(n))
 
 
 def make_cases(
@@ -80,7 +81,9 @@ def make_cases(
     configs = [replace(sae.config, seed=s) for s in seeds]
     *others, frozen = train_saes(adata, [*configs[:-1], replace(configs[-1], train_decoder=False)], progress=progress)
     random = model.random_like(seeds[-1])
-    cells = embed(adata.copy(), random, progress=False)
+    layers = {name: layer for name, layer in adata.layers.items() if name != "bins"}  # shared, not copied
+    cells = AnnData(adata.X, obs=adata.obs, var=adata.var, layers=layers)
+    embed(cells, random, progress=False)
     cases = {
         "scGPT": Case(adata, model, sae),
         "random weights": Case(cells, random, train_saes(cells, [sae.config], progress=progress)[0]),

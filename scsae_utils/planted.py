@@ -79,6 +79,7 @@ def plant(
     n_genes: int = 200,
     active: float = 0.15,
     leak: float = 0.0,
+    max_cells: int = 20_000,
     seed: int = 0,
 ) -> Planted:
     """Plant concepts in real cells.
@@ -98,6 +99,8 @@ def plant(
         Share of the cells in which a concept is active, at most.
     leak
         Of :class:`LeakyEncoder`; 0 for a model in which other genes do nothing at all.
+    max_cells
+        Of more cells, so many are taken at random.
 
     Raises
     ------
@@ -105,6 +108,8 @@ def plant(
         If the cells have too few genes that are expressed in 10 to 60 % of them.
     """
     rng = np.random.default_rng(seed)
+    if adata.n_obs > max_cells:
+        adata = adata[np.sort(rng.permutation(adata.n_obs)[:max_cells])]
     X = adata.X.toarray() if hasattr(adata.X, "toarray") else np.asarray(adata.X)
     detected = (X > 0).mean(0)
     usable = np.flatnonzero((detected > 0.1) & (detected < 0.6))

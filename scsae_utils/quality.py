@@ -10,7 +10,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
 from .cells import LEVELS, UNASSIGNED
-from .embedding import at_precision, bin_cells, cell_tokens, embed_tokens, token_ids
+from .embedding import BLOCK_CELLS, at_precision, bin_cells, cell_tokens, embed_tokens, token_ids
 from .encoder import CellEncoder
 from .metrics import knn_accuracy
 from .scgpt import ScGPT
@@ -39,8 +39,9 @@ def principal_components(adata: AnnData, n: int = 50, fit_on=slice(None), max_ce
 
 def random_embedding(adata: AnnData, model: ScGPT, seed: int = 0) -> np.ndarray:
     """(n_cells, d) embeddings of the same tokens by the same architecture with random weights."""
-    tokens = cell_tokens(adata.layers["bins"].tocsr(), token_ids(adata.var_names, model), model)
-    return embed_tokens(tokens, model.random_like(seed))
+    bins, ids, random = adata.layers["bins"].tocsr(), token_ids(adata.var_names, model), model.random_like(seed)
+    blocks = (bins[i : i + BLOCK_CELLS] for i in range(0, adata.n_obs, BLOCK_CELLS))
+    return np.vstack([embed_tokens(cell_tokens(block, ids, model), random) for block in blocks])
 
 
 def embedding_noise(adata: AnnData, model: CellEncoder, seed: int = 0, n_cells: int = 500) -> pd.DataFrame:

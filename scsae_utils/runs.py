@@ -10,7 +10,7 @@ from anndata import AnnData
 from .cells import split_cells
 from .concepts import add_taxonomy, attributable, best_concept_for_type, check_concept, concept_data, number
 from .curves import concepts_of_gene
-from .embedding import add_umap, embed
+from .embedding import add_umap, at_precision, embed
 from .files import read, run_folder
 from .sae import SAE, SAEConfig, load_sae
 from .scgpt import ScGPT, load_model
@@ -37,6 +37,18 @@ class Run:
     model: ScGPT
 
 
+def model_of(cells: AnnData) -> ScGPT:
+    """The scGPT that cells were embedded with, in single precision, on the device that they were to be embedded on.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        See :func:`~scsae_utils.scgpt.load_model` and :func:`~scsae_utils.encoder.find_device`.
+    """
+    about = cells.uns["scgpt"]
+    return at_precision(load_model(about["name"]), "float32", about.get("device", "cpu"))
+
+
 def load_run(run: str | Path) -> Run:
     """Open the run in a folder such as ``runs/mini``.
 
@@ -48,7 +60,7 @@ def load_run(run: str | Path) -> Run:
     folder = run_folder(run)
     cells = read(folder / "embedded.h5ad", "01_embedding")
     concepts = read(folder / "concepts.h5ad", "03_concept_taxonomy")
-    return Run(cells, concepts, load_sae(folder / "sae.safetensors"), load_model(cells.uns["scgpt"]["name"]))
+    return Run(cells, concepts, load_sae(folder / "sae.safetensors"), model_of(cells))
 
 
 def make_run(

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from .files import whole
 
+CALIBRATED = 4096  # cells that a threshold is set by, at most: all their activations are in memory at once
+
 
 @dataclass(frozen=True)
 class SAEConfig:
@@ -184,7 +186,12 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, a: Tensor, k: int) -> None:
-        """Set one threshold for all so that the cells a (n, d) have ``k`` active concepts on average."""
+        """Set one threshold for all so that the cells a (n, d) have ``k`` active concepts on average.
+
+        Of more than :data:`CALIBRATED` cells, so many are drawn.
+        """
+        if len(a) > CALIBRATED:
+            a = a[torch.randperm(len(a), generator=torch.Generator().manual_seed(0))[:CALIBRATED]]
         u = self.pre_activations(a).flatten()
         self.threshold.zero_()
         if k * len(a) < len(u):

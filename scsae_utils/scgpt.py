@@ -319,7 +319,7 @@ class ScGPT(nn.Module):
         """The same architecture with random weights: the null to compare with."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return ScGPT(self.config, self.vocab).eval().requires_grad_(False)
+            return ScGPT(self.config, self.vocab).eval().requires_grad_(False).to(self.device)
 
 
 def load_model(name_or_folder: str | Path = "scgpt-mini") -> ScGPT:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .encoder import find_device
 from .sae import SAE, BatchTopK, SAEConfig, make_sae, read_metadata, read_rows, write_tensors
 from .sparse_training import Step, can_be_sparse, sparse_step
 
@@ -138,6 +139,7 @@ def train_sae(
     held_out=None,
     checkpoint=None,
     progress=True,
+    device=None,
     **settings,
 ) -> SAE:
     """Train a dictionary on cell embeddings: :func:`train_saes` with one configuration.
@@ -149,7 +151,7 @@ def train_sae(
     """
     if config is not None and settings:
         raise ValueError("give a config or its fields, not both")
-    return train_saes(cells, [config or SAEConfig(**settings)], key, held_out, checkpoint, progress)[0]
+    return train_saes(cells, [config or SAEConfig(**settings)], key, held_out, checkpoint, progress, device=device)[0]
 
 
 @contextmanager
@@ -172,7 +174,7 @@ def train_saes(
     checkpoint: str | Path | None = None,
     progress: bool = True,
     checkpoint_every: float = 60,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> list[SAE]:
     """Train several dictionaries in one pass over the cells: each batch is read once and given to all.
 
@@ -196,7 +198,8 @@ def train_saes(
     checkpoint_every
         Seconds between two writings of it, which come at the end of an epoch.
     device
-        Of the training; the dictionaries come back to the CPU.
+        Of the training, see :func:`~scsae_utils.encoder.find_device`; None: the one that the cells were embedded on,
+        if ``cells`` say so (``uns["scgpt"]``), else the CPU. The dictionaries come back to the CPU.
 
     Returns
     -------
@@ -209,6 +212,7 @@ def train_saes(
     ValueError
         Settings that cannot be; embeddings that are not finite; fewer than two cells; a checkpoint of another run.
     """
+    device = find_device(device or getattr(cells, "uns", {}).get("scgpt", {}).get("device", "cpu"))
     data, held_out = rows_of(cells, key, held_out)
     batch_size, order_seed = one_pass(configs, held_out)
     total, digest = data.survey()
@@ -295,7 +299,7 @@ def whitening(a: Tensor, power: float, floor: float = 1e-4) -> Tensor:
     return (directions * scale @ directions.T).to(a.dtype)
 
 
-def train_epoch(trainees: list[Trainee], batches: Iterator[Tensor], n: int, total: float, device: str) -> None:
+def train_epoch(trainees: list[Trainee], batches: Iterator[Tensor], n: int, total: float, device: torch.device) -> None:
     """One pass over the batches, of ``n`` cells in all; ``total`` is their sum of squares about the mean."""
     configs = [t.sae.config for t in trainees]
     epoch, n_batches = len(trainees[0].history), math.ceil(n / configs[0].batch_size)

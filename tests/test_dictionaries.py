@@ -7,6 +7,7 @@ from scipy import sparse
 from scipy.stats import ortho_group
 from sklearn.decomposition import PCA
 
+from scsae_utils import dictionaries, sae
 from scsae_utils.concepts import concept_data
 from scsae_utils.dictionaries import METHODS, BaselineConfig, fit_baseline, load_dictionary
 from scsae_utils.metrics import correlations, l0, variance_explained
@@ -33,6 +34,14 @@ class TestEveryMethod:
         dictionary = fit_baseline(data(), BaselineConfig(method, 12, k=2))
         assert l0(dictionary.activations(data())) == pytest.approx(2, abs=0.01)
         assert 1 < l0(dictionary.activations(data(seed=1))) < 6  # other cells: the same threshold
+
+    def test_of_many_cells_some_are_enough(self, method, monkeypatch):
+        """Fitted to half of the cells and with its threshold set by half of those, it is of use for all."""
+        monkeypatch.setattr(dictionaries, "FITTED", 200)
+        monkeypatch.setattr(sae, "CALIBRATED", 100)
+        a = data(400)
+        dictionary = fit_baseline(a, BaselineConfig(method, 12, k=2))
+        assert 1.6 < l0(dictionary.activations(a)) < 2.4
 
     def test_round_trip(self, method, tmp_path):
         dictionary = fit_baseline(data(), BaselineConfig(method, 12, k=2))

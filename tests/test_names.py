@@ -7,6 +7,7 @@ from anndata import AnnData
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
+from scsae_utils import names
 from scsae_utils.enrichment import plain
 from scsae_utils.names import NameConfig, auroc, auroc_interval, driver_genes, name_concepts
 
@@ -156,6 +157,13 @@ class TestNames:
         assert plain(name) == short
 
 
+def test_a_panel_without_any_known_marker_can_be_named(concepts, cells):
+    table = name_concepts(
+        concepts, cells, drivers(c0=dict.fromkeys(B, 0.2)), sets=SETS, markers={"T": ["CD3D", "CD3E"]}
+    )
+    assert table.loc["concept_0", "named_by"] == "gene set" and table.loc["concept_0", "markers"] == ""
+
+
 class TestScore:
     def test_is_the_auroc_of_signed_mean_expression_on_held_out_cells(self, concepts, cells):
         weights = {"CD79A": 0.3, "G1": -0.2, "MS4A1": 0.1, "G2": 0.1}
@@ -173,6 +181,13 @@ class TestScore:
     def test_genes_that_have_nothing_to_do_with_it_are_no_better_than_random_ones(self, concepts, cells):
         row = name_concepts(concepts, cells, drivers(c1=dict.fromkeys(["G5", "G9", "G11"], 0.2))).iloc[0]
         assert row["auroc_low"] < 0.5 < row["auroc_high"] and row["auroc"] < row["auroc_random"]
+
+    def test_of_many_cells_some_are_asked(self, concepts, cells, monkeypatch):
+        of_all = name_concepts(concepts, cells, drivers(c1={"G5": 0.2, "G9": 0.1})).iloc[0]
+        monkeypatch.setattr(names, "SCORED", 5)
+        of_some = name_concepts(concepts, cells, drivers(c1={"G5": 0.2, "G9": 0.1})).iloc[0]
+        assert of_all["n_active"] > 5 and of_some["n_active"] == 5
+        assert of_some["auroc_high"] - of_some["auroc_low"] > of_all["auroc_high"] - of_all["auroc_low"]
 
     def test_auroc_is_that_of_sklearn(self):
         rng = np.random.default_rng(0)

@@ -94,6 +94,10 @@ def test_interactions_are_those_that_were_planted(mini_cells):
     assert [tags[c, passenger[c][0]] for c in concepts] == ["", ""]
 
 
+def test_of_many_cells_some_are_taken(mini_cells):
+    assert plant(mini_cells, max_cells=300).cells.n_obs <= 300
+
+
 def test_precision_and_recall():
     assert precision_recall({1, 2, 3, 4}, {3, 4, 5}) == (0.5, pytest.approx(2 / 3))
     assert np.isnan(precision_recall(set(), {1})[0])
