@@ -21,7 +21,7 @@ from .download import cache_folder, local_file
 from .files import checksum, files_of, whole
 from .genesets import COLLECTIONS
 from .provenance import SOURCES as NAMED
-from .words import REFSEQ
+from .words import GENE_INFO, REFSEQ
 
 SOURCES = Path(__file__).parent / "data" / "sources.yaml"
 DRIVE = "https://drive.google.com/drive/folders/"
@@ -62,10 +62,11 @@ class Item:
 
 def items(profile: dict[str, dict], sources: dict[str, dict]) -> list[Item]:
     """All that the sections of a profile name by path, URL or short name, each once."""
-    short = {"refseq": REFSEQ, **COLLECTIONS}
-    values = [section.get(name) for section in profile.values() for name in NAMED]
+    short = {"refseq": [REFSEQ, GENE_INFO], **{name: [url] for name, url in COLLECTIONS.items()}}
+    named = [section.get(name) for section in profile.values() for name in NAMED]
+    values = [value for text in named if isinstance(text, str) for value in short.get(text, [text])]
     found = []
-    for value in dict.fromkeys(short.get(v, v) for v in values if isinstance(v, str)):
+    for value in dict.fromkeys(values):
         if "://" in value:
             url = value.partition("#")[0]
             path = cache_folder() / unique_file_name(url)

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 # Summaries of all genes of all species by NCBI GeneID, made anew every day.
 REFSEQ = "https://ftp.ncbi.nlm.nih.gov/gene/DATA/gene_summary.gz"
+GENE_INFO = "https://ftp.ncbi.nlm.nih.gov/gene/DATA/GENE_INFO/Mammalia/Homo_sapiens.gene_info.gz"
 HUMAN = "9606"
 PROVIDED_BY = re.compile(r"\[(?:supplied|provided) by [^\]]*\]\.?|Sequence Note:.*|Publication Note:.*", re.S)
 
@@ -139,7 +140,7 @@ def _texts(symbols, source: str | Path) -> pd.Series:
     if source == "ncbi":
         return describe(symbols)["text"]
     symbols = check_symbols(symbols)
-    table = _read_refseq(local_file(REFSEQ)) if source == "refseq" else _read_texts(source)
+    table = _read_refseq(local_file(REFSEQ), local_file(GENE_INFO)) if source == "refseq" else _read_texts(source)
     texts = pd.Series(
         [table.get(symbol, table.get(current, "")) for symbol, current in zip(symbols, current_symbols(symbols))],
         pd.Index(symbols, name="symbol"),
@@ -161,13 +162,17 @@ def _read_texts(source: str | Path) -> dict[str, str]:
     return table.fillna("").groupby("symbol")["text"].agg(" ".join).str.strip().to_dict()
 
 
-def _read_refseq(path: Path) -> dict[str, str]:
-    """NCBI's summaries of human genes, by symbol; without the notes on who wrote them."""
+def _read_refseq(path: Path, names: Path) -> dict[str, str]:
+    """NCBI's summaries of human genes, without the notes on who wrote them.
+
+    By the present symbol of ``names`` (``gene_info``), and by that of our table, which older data have.
+    """
     table = _read_table(path, "\t", ["#tax_id", "GeneID", "Summary"], quoting=csv.QUOTE_NONE)
     human = table[table["#tax_id"] == HUMAN].set_index("GeneID")["Summary"]
-    symbols = pd.Series(_table().index, _table()["entrez"].astype(str))
-    human = human[human.index.isin(symbols.index)].str.replace(PROVIDED_BY, "", regex=True).str.strip()
-    return dict(zip(symbols[human.index], human))
+    human = human.str.replace(PROVIDED_BY, "", regex=True).str.strip().to_dict()
+    info = _read_table(names, "\t", ["GeneID", "Symbol"], quoting=csv.QUOTE_NONE)
+    number = _table()["entrez"].astype(str).to_dict() | dict(zip(info["Symbol"], info["GeneID"]))
+    return {symbol: human[n] for symbol, n in number.items() if n in human}
 
 
 def _read_table(path: Path, separator: str, columns: list[str], **options) -> pd.DataFrame:

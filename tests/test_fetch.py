@@ -76,7 +76,7 @@ def test_the_profile_atlas_names_what_the_paper_used():
     wanted = {item.name: item for item in fetch.items(load_profile(ROOT / "profiles" / "atlas.yaml"), sources)}
     assert {"data/atlas.h5ad", "data/scGPT_human"} < set(wanted) and set(sources) <= set(wanted)
     assert all(item.get for item in wanted.values())
-    for word in ("gene_summary", "reactome", "c5.go.bp"):
+    for word in ("gene_summary", "gene_info", "reactome", "c5.go.bp"):
         assert any(word in name for name in wanted), word
 
 

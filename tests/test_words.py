@@ -184,14 +184,19 @@ class TestGeneWords:
             "10090\t5473\tRefSeq\tof the mouse",
             "9606\t973\tRefSeq\tThe B cell receptor. Sequence Note: removed 1 base",
             "9606\t999999999\tRefSeq\tunknown",
+            "9606\t51155\tRefSeq\tA jupiter protein.",
         ]
+        names = "#tax_id\tGeneID\tSymbol\tSynonyms\n9606\t5473\tPPBP\t-\n9606\t51155\tJPT1\tARM2|HN1\n"
         monkeypatch.setenv("SCSAE_CACHE", str(tmp_path))
-        with serving({"/gene_summary.gz": gzip.compress("\n".join(lines).encode())}) as (url, asked):
+        files = {"/gene_summary.gz": "\n".join(lines), "/gene_info.gz": names}
+        with serving({name: gzip.compress(text.encode()) for name, text in files.items()}) as (url, asked):
             monkeypatch.setattr("scsae_utils.words.REFSEQ", f"{url}/gene_summary.gz")
+            monkeypatch.setattr("scsae_utils.words.GENE_INFO", f"{url}/gene_info.gz")
             for _ in range(2):
-                words = gene_words(["PPBP", "CD79A"], "refseq", max_share=1, bigrams=False)
+                words = gene_words(["PPBP", "CD79A", "JPT1", "HN1"], "refseq", max_share=1, bigrams=False)
         assert words["PPBP"] == {"platelet", "derived", "growth", "factor"} and words["CD79A"] == {"cell", "receptor"}
-        assert asked == ["/gene_summary.gz"]
+        assert words["JPT1"] == words["HN1"] == {"jupiter", "protein"}  # the present symbol and that of older data
+        assert asked == ["/gene_summary.gz", "/gene_info.gz"]
 
     def test_unknown_source(self):
         with pytest.raises(FileNotFoundError, match="no gene descriptions 'go'.*'ncbi'"):
