@@ -127,6 +127,10 @@ class Slurm:
                 daemon.wait(30)
 
 
+def slurm_version() -> str:
+    return subprocess.run(["slurmctld", "-V"], capture_output=True, text=True, check=True).stdout.split()[-1]
+
+
 def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -190,6 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", type=Path, default=ROOT / "tests" / "tiny.yaml")
     parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--keep", action="store_true", help="keep the result in benchmarks/results")
     args = parser.parse_args()
     missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
     if missing or os.geteuid() != 0:
@@ -213,7 +218,8 @@ def main() -> None:
         if snakemake(here, target, "--workflow-profile", "cluster/local", "--config", config).wait():
             sys.exit((here / "snakemake.log").read_text()[-4000:])
         local = units(here / "runs" / "test")
-        say(f"done in {time.perf_counter() - start:.0f} s: {sum(local.values())} units")
+        rows = [{"run": "on one machine", "seconds": round(time.perf_counter() - start), "units": sum(local.values())}]
+        say(f"done in {rows[0]['seconds']} s: {sum(local.values())} units")
 
         with Slurm(base / "slurm") as slurm:
             say(f"through SLURM, {args.shards} shards on two nodes")
@@ -236,14 +242,17 @@ def main() -> None:
             said = (there / "snakemake.log").read_text()
             if failed:
                 sys.exit(said[-6000:])
-            say(f"done in {time.perf_counter() - start:.0f} s")
+            seconds = round(time.perf_counter() - start)
+            rows.append({"run": f"SLURM, {args.shards} shards, two nodes", "seconds": seconds})
+            say(f"done in {seconds} s")
             history = subprocess.run(
                 ["squeue", "--states=all", "--noheader", "--Format=JobID:9,State:15,NodeList:9,tres-per-job:30"],
                 env=slurm.environment, capture_output=True, text=True, check=True,
             ).stdout.splitlines()  # fmt: skip
         states = Counter(line.split()[1] for line in history)
-        say(f"{len(history)} jobs of SLURM ({', '.join(f'{n} {state}' for state, n in states.items())}), "
-            f"{sum('gpu' in line for line in history)} of which asked for a GPU")  # fmt: skip
+        asked = sum("gpu" in line for line in history)
+        jobs = ", ".join(f"{n} {state}" for state, n in states.items())
+        say(f"{len(history)} jobs of SLURM ({jobs}), {asked} of which asked for a GPU")
 
         sharded = units(run)
         different = [r for r in RESULTS if not filecmp.cmp(here / "runs/test" / r, run / r, shallow=False)]
@@ -263,6 +272,16 @@ def main() -> None:
             f"{len(RESULTS)} result files are those of the local run, byte for byte; "
             f"{len(sharded)} units, each computed once"
         )
+        if args.keep:
+            sys.path.insert(0, str(ROOT / "benchmarks"))
+            from record import keep, versions
+
+            rows[1] |= {"units": sum(sharded.values()), "jobs": jobs, "jobs that asked for a GPU": asked}
+            twice = sum(n > 1 for n in sharded.values())
+            figures = {"files_compared": len(RESULTS), "files_that_differ": len(different), "units_done_twice": twice}
+            profile = {"profile": args.profile.stem, "killed": "a job of the embedding, a node in the attributions"}
+            about = versions("snakemake", "snakemake-executor-plugin-slurm") | {"slurm": slurm_version()}
+            keep("slurm", rows, profile | figures, about)
 
 
 if __name__ == "__main__":
