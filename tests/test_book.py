@@ -19,6 +19,7 @@ from PIL import Image
 
 from scsae_utils import book as builder
 from scsae_utils.book import ROOT, SECTIONS
+from scsae_utils.provenance import RESULTS
 
 PROFILE = "tests/tiny.yaml"
 RUN = ROOT / "runs" / "tiny"
@@ -27,7 +28,7 @@ AXE = Path(__file__).parent / "assets" / "axe-core" / "axe.min.js"
 LOCAL = re.compile("file:|data:|blob:")
 
 
-def snakemake(*arguments, profile=PROFILE):
+def snakemake(*arguments, profile=PROFILE, **environment):
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "--max-checksum-file-size", "1000000000"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
@@ -35,7 +36,7 @@ def snakemake(*arguments, profile=PROFILE):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "PATH": path},
+        env={**os.environ, "PATH": path, **environment},
     )
 
 
@@ -72,6 +73,20 @@ def site(run):
 
 def test_nothing_is_done_twice(run):
     assert jobs(snakemake("book", "--dry-run")) == set()
+
+
+def test_the_same_again_is_the_same_byte_for_byte(run, tmp_path):
+    """Every chapter once more, in another folder, and with another order of what Python keeps without one."""
+    shutil.copy(ROOT / PROFILE, tmp_path / "tiny_again.yaml")
+    again = ROOT / "runs" / "tiny_again"
+    shutil.rmtree(again, ignore_errors=True)
+    chapters = [f"runs/{again.name}/notebooks/{name}.ipynb" for name in SECTIONS]
+    result = snakemake(*chapters, profile=tmp_path / "tiny_again.yaml", PYTHONHASHSEED="7")
+    assert result.returncode == 0, result.stdout + result.stderr
+    made = sorted(path.name for pattern in RESULTS for path in again.glob(pattern))
+    assert {"embedded.h5ad", "sae.safetensors", "concepts.h5ad", "drivers.parquet", "evidence.parquet"} < set(made)
+    assert not [name for name in made if (again / name).read_bytes() != (run / name).read_bytes()]
+    shutil.rmtree(again)
 
 
 def test_a_changed_parameter_reruns_what_depends_on_it_and_no_more(run, tmp_path):
