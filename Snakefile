@@ -29,7 +29,7 @@ def files(*names):
     """Those of a section's values that are files or model folders: changing them reruns the notebook."""
     folders = {"scgpt-mini": "scsae_utils/data/scgpt-mini"}
     paths = [Path(folders.get(name, name)) for name in names if name]
-    return [str(f) for p in paths for f in ([p] if p.is_file() else sorted(p.glob("*.*")) if p.is_dir() else [])]
+    return [str(f) for p in paths for f in ([p] if p.is_file() else sorted(p.rglob("*"))) if f.is_file()]
 
 
 def parts(stage):
@@ -176,7 +176,7 @@ rule myeloid_concepts:
         P["myeloid_concepts"],
     threads: THREADS
     resources:
-        **GPU,
+        **({} if P["myeloid_concepts"]["cells"] else GPU),
     shell:
         EXECUTE + " 05_myeloid_concepts"
 

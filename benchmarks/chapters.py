@@ -7,7 +7,7 @@ active concepts of 10,000, as many as the paper's after its thousand epochs) and
 attributions are of some concepts. Texts and gene sets are those that travel in packages.
 
 Memory is the highest resident set of a chapter's largest process, the kernel, from start to end; time is on the clock,
-with all cores. Files lie in runs/chapters and are deleted at the end; a stopped call goes on from the last whole
+with all cores. Files lie in runs/ and are deleted at the end; a stopped call goes on from the last whole
 chapter.
 """
 
@@ -24,7 +24,6 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-FOLDER = ROOT / "runs" / "chapters"
 CELLS, DIM, LIMIT = 329_762, 512, 8  # GiB; of the chapters up to the taxonomy
 ORDER = [
     *("01_embedding", "02_sae", "03_concept_taxonomy"),
@@ -39,34 +38,34 @@ FEWER = {  # than in profiles/atlas.yaml
 }
 
 
-def prepare(n: int) -> Path:
+def prepare(n: int, folder: Path) -> Path:
     """The file of cells, the model and the profile; the path of the profile."""
     from scale import network, write_file
 
     from scsae_utils.scgpt import save_model
 
-    if not (FOLDER / "model" / "args.json").is_file():
-        write_file(FOLDER, n)
-        save_model(network(DIM), FOLDER / "model")
+    if not (folder / "model" / "args.json").is_file():
+        write_file(folder, n)
+        save_model(network(DIM), folder / "model")
     profile = yaml.safe_load((ROOT / "profiles" / "atlas.yaml").read_text())
-    model = str(FOLDER / "model")
+    model = str(folder / "model")
     labels = {"label": "type", "label_mid": None, "label_high": "coarse", "study": "donor"}
-    profile["embedding"] |= {"cells": str(FOLDER / "cells.h5ad"), **labels, "model": model, "precision": "float32"}
+    profile["embedding"] |= {"cells": str(folder / "cells.h5ad"), **labels, "model": model, "precision": "float32"}
     lineage = {"types": ["coarse 0", "coarse 1"], "level": "high", "min_share": 0.2}
     profile["myeloid_concepts"] |= {"model": model, **lineage}
     for section, values in FEWER.items():
         profile[section] |= values
     for section in ("case_study", "drivers"):
         profile[section]["cell_type"] = "coarse 0"
-    path = FOLDER / "profile.yaml"
+    path = folder / "profile.yaml"
     path.write_text(yaml.safe_dump(profile, sort_keys=False))
     return path
 
 
-def execute(chapter: str, profile: Path) -> dict:
+def execute(chapter: str, profile: Path, run: Path) -> dict:
     """One chapter, in processes of its own: its time on the clock, and the peak of its largest process."""
     cores = str(len(os.sched_getaffinity(0)))
-    command = [sys.executable, "-m", "scsae_utils.book", "execute", "--profile", str(profile), "--run", str(FOLDER)]
+    command = [sys.executable, "-m", "scsae_utils.book", "execute", "--profile", str(profile), "--run", str(run)]
     environment = {**os.environ, "OMP_NUM_THREADS": cores, "NUMBA_NUM_THREADS": cores}
     start = time.perf_counter()
     child = subprocess.Popen([*command, chapter], cwd=ROOT, env=environment)
@@ -84,11 +83,12 @@ def execute(chapter: str, profile: Path) -> dict:
 def main(n: int, chapters: list[str]) -> None:
     from record import keep, versions
 
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    profile, notes = prepare(n), FOLDER / "rows.jsonl"
+    folder = ROOT / "runs" / f"chapters_{n}"
+    folder.mkdir(parents=True, exist_ok=True)
+    profile, notes = prepare(n, folder), folder / "rows.jsonl"
     rows = [json.loads(line) for line in notes.read_text().splitlines()] if notes.is_file() else []
     for chapter in [c for c in chapters if c not in {row["chapter"] for row in rows}]:
-        rows.append(execute(chapter, profile))
+        rows.append(execute(chapter, profile, folder))
         with notes.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         print(rows[-1], flush=True)
@@ -98,7 +98,7 @@ def main(n: int, chapters: list[str]) -> None:
     peak = max(peaks[c] for c in ORDER[:3])
     figures = {"cells": n, "peak_gib_to_taxonomy": peak, "limit_gib": LIMIT, "below_limit": peak < LIMIT}
     keep("chapters", rows, figures | {"peak_gib": max(peaks.values())}, versions("anndata", "scanpy", "torch", "numpy"))
-    shutil.rmtree(FOLDER)
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

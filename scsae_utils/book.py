@@ -333,7 +333,9 @@ def resolve_concept(run: Path, concept: int | None, gene: str | None, cell_type:
     """The number of the concept that is asked for by number, gene or cell type; checked against the run."""
     from .runs import find_concept, load_run
 
-    return find_concept(load_run(run), concept=concept, gene=gene, cell_type=cell_type)
+    needs_model = concept is None and gene is not None
+    opened = load_run(run, device=None if needs_model else "cpu")  # a login machine of a cluster may have no GPU
+    return find_concept(opened, concept=concept, gene=gene, cell_type=cell_type)
 
 
 def main(arguments: list[str] | None = None) -> None:

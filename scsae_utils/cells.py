@@ -1,4 +1,4 @@
-"""Cells in: the data sets that travel in packages, or any h5ad; checked, harmonised, labelled at three levels.
+"""Cells in: the data sets that travel in packages, or any h5ad or zarr; checked, harmonised, labelled at three levels.
 
 Every other module expects what :func:`load_cells` returns: ``X`` log1p of counts per 10,000 (CSR), gene symbols as
 ``var_names``, and in ``obs`` the columns ``cell_type``, ``cell_type_mid``, ``cell_type_high`` (the three levels of the
@@ -429,6 +429,8 @@ def load_cells(
             raise FileNotFoundError(
                 f"no cells {str(cells)!r}: give one of {', '.join(SOURCES)} or a path{near_misses(cells, SOURCES)}"
             )
+        if path.is_dir() and path.suffix != ".zarr":
+            raise ValueError(f"{path} is a folder; cells are in an .h5ad file, or in a folder whose name ends in .zarr")
         if not path.exists():
             raise FileNotFoundError(
                 f"no file of cells {str(path)!r}; give a path to an .h5ad or .zarr file or one of {', '.join(SOURCES)}"

@@ -305,7 +305,7 @@ def best_concept_for_type(concepts: AnnData, cell_type: str) -> int:
     main = pd.DataFrame({"main_type": cell_type, "level": known[cell_type]}, index=there.var_names)
     scores = score_types(there, main)["f1"].fillna(0)
     if len(scores) == 0 or scores.max() == 0:
-        raise ValueError(f"no concept is active in any {cell_type!r} cell")
+        raise ValueError(f"no concept is active in any {cell_type!r} cell (those that are active in all cells apart)")
     return number(scores.idxmax())
 
 

@@ -30,7 +30,7 @@ def find_device(name: str) -> torch.device:
         name = next((gpu for gpu in ("cuda", "mps") if there[gpu]), "cpu")
     if not there.get(name.partition(":")[0], False):
         raise ValueError(f"there is no device {name!r} here; there are: {', '.join(d for d in there if there[d])}")
-    return torch.device(name)
+    return torch.device(name, 0) if name in ("cuda", "mps") else torch.device(name)  # as its tensors call it
 
 
 @runtime_checkable

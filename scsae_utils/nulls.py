@@ -16,7 +16,7 @@ from scipy import sparse
 from sklearn.preprocessing import normalize
 
 from .attribution import AttributionConfig
-from .concepts import KINDS, add_taxonomy, concept_data, kept, number
+from .concepts import KINDS, add_taxonomy, attributable, concept_data, kept, number
 from .controls import types_found
 from .dictionaries import BaselineConfig, fill, fit_baseline
 from .embedding import embed
@@ -72,7 +72,8 @@ def make_cases(
 
     ``scGPT``: the dictionary that is examined. ``random weights``: the same architecture without training, in place of
     the model. ``random dictionary``: trained, but for its vectors, which stay as they were drawn. ``random
-    directions``: not trained at all. ``ICA`` and ``PCA``: fitted to the training cells, with as many directions.
+    directions``: not trained at all. ``ICA`` and ``PCA``: fitted to training cells, with as many directions; see
+    :func:`~scsae_utils.dictionaries.fit_baseline`.
     """
     rng = np.random.default_rng(seed)
     seeds = [int(s) for s in rng.choice(2**31, n_seeds + 1, replace=False)]
@@ -127,7 +128,7 @@ def measure(
     var = kept(concepts).var
     table = var[["kind", "n_cells"]].assign(f1=var["f1_held_out"], strength=np.nan, agreement=np.nan, enriched=np.nan)
     if attributions is None:
-        some = np.array([number(name) for name in var.index[var["n_cells"] < concepts.n_obs]], int)
+        some = np.array([number(name) for name in attributable(concepts).var_names], int)
         if n_concepts is not None and len(some) > n_concepts:
             some = np.sort(np.random.default_rng(seed).choice(some, n_concepts, replace=False))
         if len(some) == 0:

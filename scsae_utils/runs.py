@@ -37,8 +37,10 @@ class Run:
     model: ScGPT
 
 
-def model_of(cells: AnnData) -> ScGPT:
-    """The scGPT that cells were embedded with, in single precision, on the device that they were to be embedded on.
+def model_of(cells: AnnData, device: str | None = None) -> ScGPT:
+    """The scGPT that cells were embedded with, in single precision.
+
+    On a device (:func:`~scsae_utils.encoder.find_device`); None: on the one that was asked for when they were embedded.
 
     Raises
     ------
@@ -46,21 +48,23 @@ def model_of(cells: AnnData) -> ScGPT:
         See :func:`~scsae_utils.scgpt.load_model` and :func:`~scsae_utils.encoder.find_device`.
     """
     about = cells.uns["scgpt"]
-    return at_precision(load_model(about["name"]), "float32", about.get("device", "cpu"))
+    return at_precision(load_model(about["name"]), "float32", device or about.get("device", "cpu"))
 
 
-def load_run(run: str | Path) -> Run:
-    """Open the run in a folder such as ``runs/mini``.
+def load_run(run: str | Path, device: str | None = None) -> Run:
+    """Open the run in a folder such as ``runs/mini``; ``device`` of the model: see :func:`model_of`.
 
     Raises
     ------
     FileNotFoundError
         If a file is missing; says which chapter makes it.
+    ValueError
+        If the device is not there.
     """
     folder = run_folder(run)
     cells = read(folder / "embedded.h5ad", "01_embedding")
     concepts = read(folder / "concepts.h5ad", "03_concept_taxonomy")
-    return Run(cells, concepts, load_sae(folder / "sae.safetensors"), model_of(cells))
+    return Run(cells, concepts, load_sae(folder / "sae.safetensors"), model_of(cells, device))
 
 
 def make_run(
@@ -105,8 +109,10 @@ def find_concept(run: Run, concept: int | None = None, gene: str | None = None, 
     if concept is not None:
         return check_concept(run.concepts, concept)
     if gene is not None:
-        lost = concepts_of_gene(run.cells, run.model, run.sae, gene)
-        return number(lost[attributable(run.concepts).var_names].idxmax())
+        there = attributable(run.concepts).var_names
+        if len(there) == 0:
+            raise ValueError("every concept that is left is active in all cells: none has anything to compare with")
+        return number(concepts_of_gene(run.cells, run.model, run.sae, gene)[there].idxmax())
     if cell_type is not None:
         return best_concept_for_type(run.concepts, cell_type)
     raise ValueError("say which concept: by number, gene or cell type")

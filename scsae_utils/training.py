@@ -280,7 +280,7 @@ def one_pass(configs: Sequence[SAEConfig], held_out: Rows | None) -> tuple[int, 
 
 def start(config: SAEConfig, median: Tensor, sample: Tensor) -> Trainee:
     """An untrained dictionary whose ``b_d`` is the geometric median of the embeddings, on the device of that."""
-    map = whitening(sample, config.whiten) if config.whiten else None
+    map = whitening(sample.cpu(), config.whiten).to(sample.device) if config.whiten else None  # in double precision
     sae = make_sae(config, len(median)).to(median.device)
     with torch.no_grad():
         sae.b_d.copy_(median if map is None else median @ map)

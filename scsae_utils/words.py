@@ -171,8 +171,8 @@ def _read_refseq(path: Path, names: Path) -> dict[str, str]:
     human = table[table["#tax_id"] == HUMAN].set_index("GeneID")["Summary"]
     human = human.str.replace(PROVIDED_BY, "", regex=True).str.strip().to_dict()
     info = _read_table(names, "\t", ["GeneID", "Symbol"], quoting=csv.QUOTE_NONE)
-    number = _table()["entrez"].astype(str).to_dict() | dict(zip(info["Symbol"], info["GeneID"]))
-    return {symbol: human[n] for symbol, n in number.items() if n in human}
+    numbers = [*_table()["entrez"].astype(str).items(), *zip(info["Symbol"], info["GeneID"])]
+    return {symbol: human[n] for symbol, n in numbers if n in human}  # of genes that share a symbol, one has a summary
 
 
 def _read_table(path: Path, separator: str, columns: list[str], **options) -> pd.DataFrame:

@@ -106,6 +106,10 @@ class TestPackagedCells:
         with pytest.raises(FileNotFoundError, match="no file of cells"):
             load_cells("nowhere/cells.h5ad")
 
+    def test_a_folder_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="is a folder; cells are in"):
+            load_cells(tmp_path, label="label")
+
     def test_type_table_counts_every_cell_once(self, mini_cells):
         table = type_table(mini_cells)
         assert table["cells"].sum() == 1259 and table["pbmc68k"].sum() == 700

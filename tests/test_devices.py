@@ -84,7 +84,7 @@ class TestWhere:
         with pytest.raises(ValueError, match="there is no device 'cuda:1' here; there are: cpu"):
             find_device("cuda:1")
         monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-        assert find_device("auto") == torch.device("cuda") and find_device("cuda:1") == torch.device("cuda", 1)
+        assert find_device("auto") == torch.device("cuda", 0) and find_device("cuda:1") == torch.device("cuda", 1)
 
     def test_a_dictionary_is_trained_where_its_cells_were_embedded(self, embedded, monkeypatch):
         cells = embedded.copy()

@@ -185,16 +185,19 @@ class TestGeneWords:
             "9606\t973\tRefSeq\tThe B cell receptor. Sequence Note: removed 1 base",
             "9606\t999999999\tRefSeq\tunknown",
             "9606\t51155\tRefSeq\tA jupiter protein.",
+            "9606\t3045\tRefSeq\tA hemoglobin.",
         ]
         names = "#tax_id\tGeneID\tSymbol\tSynonyms\n9606\t5473\tPPBP\t-\n9606\t51155\tJPT1\tARM2|HN1\n"
+        names += "9606\t3045\tHBD\t-\n9606\t100187828\tHBD\t-\n"  # a gene, and a locus that has its symbol
         monkeypatch.setenv("SCSAE_CACHE", str(tmp_path))
         files = {"/gene_summary.gz": "\n".join(lines), "/gene_info.gz": names}
         with serving({name: gzip.compress(text.encode()) for name, text in files.items()}) as (url, asked):
             monkeypatch.setattr("scsae_utils.words.REFSEQ", f"{url}/gene_summary.gz")
             monkeypatch.setattr("scsae_utils.words.GENE_INFO", f"{url}/gene_info.gz")
             for _ in range(2):
-                words = gene_words(["PPBP", "CD79A", "JPT1", "HN1"], "refseq", max_share=1, bigrams=False)
+                words = gene_words(["PPBP", "CD79A", "JPT1", "HN1", "HBD"], "refseq", max_share=1, bigrams=False)
         assert words["PPBP"] == {"platelet", "derived", "growth", "factor"} and words["CD79A"] == {"cell", "receptor"}
+        assert words["HBD"] == {"hemoglobin"}
         assert words["JPT1"] == words["HN1"] == {"jupiter", "protein"}  # the present symbol and that of older data
         assert asked == ["/gene_summary.gz", "/gene_info.gz"]
 
