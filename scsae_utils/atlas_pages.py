@@ -294,11 +294,13 @@ def cell_details(tables: Tables, cells: np.ndarray, n_genes: int = 5, key: str =
     seen = {int(row): i for i, row in enumerate(cells)}
     effects: dict[tuple[int, int], list] = {}
     if tables.attributions is not None:
-        table = tables.attributions
+        table = tables.attributions[["concept", "cell", "gene", "attribution"]]
         table = table[table["concept"].isin(tables.numbers) & table["cell"].isin(name) & table["gene"].isin(code)]
-        table = table.assign(size=table["attribution"].abs(), code=table["gene"].map(code)).nlargest(len(table), "size")
-        for (concept, cell), rows in table.groupby(["concept", "cell"]):
-            effects[tables.place[concept], name[cell]] = listed(rows.head(n_genes), "code attribution")
+        for concept, part in table.groupby("concept"):  # one at a time: the table is the largest of all
+            part = part.assign(size=part["attribution"].abs(), code=part["gene"].map(code))
+            part = part.sort_values("size", ascending=False, kind="stable").groupby("cell").head(n_genes)
+            for cell, rows in part.groupby("cell"):
+                effects[tables.place[concept], name[cell]] = listed(rows, "code attribution")
     other = {}
     X = concepts.X.tocsc()
     for place in {p for p, _ in effects} if key in concepts.obsm else ():

@@ -219,12 +219,13 @@ class Plan:
         """
         rows = sorted(self.cells)
         X = embed_tokens(cell_tokens(self.bins[rows], self.ids, self.model), self.model)
-        exact = self.sae.activations(X)[:, self.concepts].toarray()
-        activations = self.activations.tolil()
-        activations[rows] = exact
-        self.activations = activations.tocsc()
-        for row, u in zip(rows, exact):
-            self.cells[row] = [(c, place) for c, place in self.cells[row] if u[c] > 0]
+        exact = self.sae.activations(X)[:, self.concepts]
+        which = np.arange(self.activations.shape[0])
+        which[rows] = len(which) + np.arange(len(rows))
+        self.activations = sparse.vstack([self.activations.tocsr(), exact], "csr")[which].tocsc()
+        for i, row in enumerate(rows):
+            active = set(exact.indices[exact.indptr[i] : exact.indptr[i + 1]])
+            self.cells[row] = [(c, place) for c, place in self.cells[row] if c in active]
         self.cells = {row: uses for row, uses in self.cells.items() if uses}
 
     def mean_of(self, rows: np.ndarray) -> np.ndarray:
@@ -418,9 +419,11 @@ def gene_summary(attributions: pd.DataFrame, threshold: float = 0.05, min_protot
     |attribution| > ``threshold``, ``selected``: ``n_above >= min_prototypes`` (paper: 0.05 and 5 of 20).
     """
     n_prototypes = attributions.groupby("concept")["cell"].nunique()
-    groups = attributions.assign(
-        above=attributions["attribution"].abs() > threshold, square=attributions["attribution"] ** 2
-    ).groupby(["concept", "gene"])
+    groups = (
+        attributions[["concept", "gene", "cell", "attribution"]]
+        .assign(above=attributions["attribution"].abs() > threshold, square=attributions["attribution"] ** 2)
+        .groupby(["concept", "gene"])
+    )
     table = groups.agg(
         total=("attribution", "sum"),
         square=("square", "sum"),

@@ -205,9 +205,10 @@ def concepts_of_gene(
     cells = np.flatnonzero(bins[:, column].toarray().ravel())
     if len(cells) == 0:
         raise ValueError(f"no cell expresses {gene!r}")
-    without = bins[cells].tolil()
-    without[:, column] = 0
-    after = embed_tokens(cell_tokens(without.tocsr(), ids, model), model, progress=progress)
+    without = bins[cells]
+    without.data[without.indices == column] = 0
+    without.eliminate_zeros()
+    after = embed_tokens(cell_tokens(without, ids, model), model, progress=progress)
     before = sae.activations(adata.obsm["X_scGPT"])
     lost = before[cells].sum(0).A1 - sae.activations(after).sum(0).A1
     total = before.sum(0).A1

@@ -235,6 +235,9 @@ def better_than_nothing(
 
 def first_prototypes(attributions: pd.DataFrame, n: int) -> pd.DataFrame:
     """The attributions in the ``n`` most active prototypes of each concept."""
+    attributions = attributions[
+        ["concept", "cell", "gene", "attribution", "activation"]
+    ]  # a large table: no more of it
     order = attributions.drop_duplicates(["concept", "cell"]).sort_values("activation", ascending=False, kind="stable")
     order = order[order.groupby("concept").cumcount() < n]
     return attributions.merge(order[["concept", "cell"]], on=["concept", "cell"])

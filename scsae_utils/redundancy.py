@@ -54,17 +54,24 @@ class Change(NamedTuple):
 
 def occlude_sets(
     bins: sparse.csr_matrix, ids: np.ndarray, model: CellEncoder, changes: list[Change], progress: bool = False
-) -> np.ndarray:
-    """Embeddings (n_changes, d) of cells with several genes changed at once; equal inputs are computed once.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of cells with several genes changed at once; equal inputs are computed once.
 
-    ``bins`` (n_cells, n_genes) and ``ids`` (n_genes,) are those of :func:`~scsae_utils.embedding.cell_tokens`.
+    Parameters
+    ----------
+    bins, ids
+        (n_cells, n_genes) and (n_genes,): see :func:`~scsae_utils.embedding.cell_tokens`.
+
+    Returns
+    -------
+    (n, d) the embeddings of different inputs, and (n_changes,) which of them is that of each change.
     """
     rows = {row: i for i, row in enumerate(dict.fromkeys(change.row for change in changes))}
     cells = cell_tokens(bins[list(rows)], ids, model)
     # By token: its new value, or -1. The last place is for genes that the model does not know: their id is -1.
     new = np.full(max(ids.max(), model.cls[0]) + 2, -1.0, np.float32)
     place: dict[bytes, int] = {}
-    where, parts = np.empty(len(changes), int), []
+    out, where = np.empty((len(changes), model.dim), np.float32), np.empty(len(changes), int)
     with tqdm(total=len(changes), desc="occluding sets", unit="set", disable=not progress) as bar:
         for start in range(0, len(changes), 4096):
             todo = []
@@ -82,9 +89,9 @@ def occlude_sets(
                     place[key] = len(place)
                     todo.append(cell)
                 where[i] = place[key]
-            parts.append(embed_tokens(todo, model))
+            out[len(place) - len(todo) : len(place)] = embed_tokens(todo, model)
             bar.update(min(4096, len(changes) - start))
-    return np.concatenate(parts)[where] if parts else np.empty((0, model.dim), np.float32)
+    return out[: len(place)], where
 
 
 def activations_after(
@@ -98,12 +105,12 @@ def activations_after(
     """(n_changes,) activation of each change's concept after it; ``bins`` other than ``layers["bins"]`` if given."""
     check_embedded(adata, model)
     bins = adata.layers["bins"].tocsr() if bins is None else bins
-    embeddings = occlude_sets(bins, token_ids(adata.var_names, model), model, changes, progress)
+    embeddings, where = occlude_sets(bins, token_ids(adata.var_names, model), model, changes, progress)
     concepts = torch.tensor([change.concept for change in changes], dtype=torch.long)
     out = np.empty(len(changes), np.float32)
     with torch.inference_mode():
         for i in range(0, len(changes), 4096):
-            u = sae.encode(torch.from_numpy(embeddings[i : i + 4096])).cpu()
+            u = sae.encode(torch.from_numpy(embeddings[where[i : i + 4096]])).cpu()
             out[i : i + 4096] = u.gather(1, concepts[i : i + 4096, None])[:, 0].numpy()
     return out
 

@@ -138,7 +138,10 @@ def attribute_all(
         return None
     parts = shards.tables("screen-", len(plan.shards()))
     n_passes, n_screen = (sum(t.attrs[name] for t in parts) for name in ("n_passes", "n_screen_passes"))
-    table = pd.concat(parts, keys=range(len(parts)), names=["shard"]).reset_index("shard").reset_index(drop=True)
+    shard = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    table = pd.concat(parts, ignore_index=True)
+    table.insert(0, "shard", shard)
+    del parts
     choice = choose_genes(table, screening, plan.adata.n_vars)
 
     todo = table[choice["confirm"] & table["exact"].isna()]
@@ -153,7 +156,7 @@ def attribute_all(
 
     report = audit(table, choice, screening, plan.adata.n_vars)
     known = table["exact"].notna()
-    table["method"] = np.where(known, "exact", "screened")
+    table["method"] = np.array(["screened", "exact"], object)[known.astype(int)]  # two texts, not one for each row
     table["occluded"] = table["exact"].fillna(table["screened"])
     table["estimate"] = 1 - table["screened"] / table["activation"]
     table = plan.finish(
