@@ -6,11 +6,13 @@ With `shards=16` among the --config, the embedding and the attributions are 16 j
 
 from pathlib import Path
 
-from scsae_utils.book import load_profile, modules
+from scsae_utils.book import load_profile, missing_files, modules
 
 config.setdefault("profile", "profiles/mini.yaml")
 RUN = f"runs/{Path(config['profile']).stem}"
 P = load_profile(config["profile"])
+if missing := missing_files(P):  # before any work starts
+    raise WorkflowError(f"not there: {', '.join(missing)}. `make fetch PROFILE={config['profile']}` gets them, or says how")
 # The profile's path is filled in late: were it part of the rules' code, another path would rerun everything.
 EXECUTE = "export OMP_NUM_THREADS={threads} NUMBA_NUM_THREADS={threads}; python -m scsae_utils.book execute --profile {config[profile]} --run {RUN}"
 SHARDS = int(config.get("shards", 1))

@@ -22,6 +22,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 RAN = "<!-- time to run -->"  # where a notebook says how long it ran
+NAMED = ("cells", "model", "descriptions", "collection", "gene_sets")  # parameters that can name files
 SECTIONS = {  # notebook: section of the profile
     "00_ten_cells": "ten_cells",
     "01_embedding": "embedding",
@@ -91,6 +92,13 @@ def load_profile(path: str | Path) -> dict[str, dict]:
     if problems:
         raise ValueError(f"the profile {path} does not fit the notebooks:\n  " + "\n  ".join(problems))
     return profile
+
+
+def missing_files(profile: dict[str, dict]) -> list[str]:
+    """The paths in a profile at which there is nothing. (URLs and short names are none.)"""
+    named = dict.fromkeys(section.get(name) for section in profile.values() for name in NAMED)
+    paths = [v for v in named if isinstance(v, str) and "://" not in v and ("/" in v or Path(v).suffix)]
+    return [path for path in paths if not (ROOT / path).exists()]
 
 
 def modules(name: str) -> list[str]:

@@ -16,11 +16,10 @@ from pathlib import Path
 import yaml
 from pooch.utils import unique_file_name
 
-from .book import ROOT, load_profile
+from .book import NAMED, ROOT, load_profile
 from .download import cache_folder, local_file
 from .files import checksum, files_of, whole
 from .genesets import COLLECTIONS
-from .provenance import SOURCES as NAMED
 from .words import GENE_INFO, REFSEQ
 
 SOURCES = Path(__file__).parent / "data" / "sources.yaml"

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from pooch.utils import unique_file_name
 
+from .book import NAMED
 from .files import checksum, files_of, whole
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("cells", "model", "descriptions", "collection", "gene_sets")  # parameters that can name files
 RESULTS = ("*.h5ad", "*.safetensors", "*.parquet")
 
 
@@ -73,7 +73,7 @@ def inputs(values: dict) -> dict[str, str]:
     from .download import cache_folder
 
     found = {}
-    for value in (values.get(name) for name in SOURCES):
+    for value in (values.get(name) for name in NAMED):
         if value == "scgpt-mini":
             value = "scsae_utils/data/scgpt-mini"
         if not isinstance(value, str):

@@ -116,6 +116,16 @@ def test_the_page_for_own_cells_names_all_that_depends_on_the_cells(tmp_path):
         assert {"cell_type", "types", "level", "label", "study"} & set(values) <= set(changed.get(section, {})), section
 
 
+def test_files_that_a_profile_names_and_that_are_not_there():
+    profile = {
+        "embedding": {"cells": "data/none.h5ad", "model": "scgpt-mini"},
+        "evidence": {"gene_sets": "http://127.0.0.1:9/sets.gmt"},
+        "atlas": {"descriptions": "book/data.md", "collection": "go"},
+        "myeloid_concepts": {"cells": None, "model": "data/none"},
+    }
+    assert book.missing_files(profile) == ["data/none.h5ad", "data/none"]
+
+
 def test_profile_errors_name_what_is_wrong(tmp_path):
     profile = yaml.safe_load((ROOT / "profiles/mini.yaml").read_text())
     del profile["sae"]["epochs"]
