@@ -381,4 +381,4 @@ class TestDataOnDisk:
             np.save(tmp_path / "a.npy", np.arange(n * 512, dtype=np.float32).reshape(n, 512) % 7)
             run = subprocess.run([sys.executable, "-c", code, tmp_path / "a.npy"], capture_output=True, check=True)
             peaks.append(int(run.stdout) / 1024)
-        assert peaks[1] - peaks[0] < 50  # MB
+        assert peaks[1] - peaks[0] < 100  # MB, of 200; pages of the file that are in memory count, as long as they are
