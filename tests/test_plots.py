@@ -16,9 +16,11 @@ from scsae_utils.attribution import (
     gene_summary,
     prototypes_and_counterfactuals,
 )
-from scsae_utils.cells import LEVELS, UNASSIGNED
+from scsae_utils.cells import LEVELS, UNASSIGNED, paper_types
 from scsae_utils.concepts import KINDS, kept, number, type_shares
 from scsae_utils.curves import deletion_curves
+from scsae_utils.plots import taxonomy
+from scsae_utils.plots.style import distinct, point_size
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +89,18 @@ class TestPalette:
         assert high["T"] == plots.HIGH_COLORS["T"]
         near = [np.abs(np.subtract(to_rgb(low["T cells"]), to_rgb(high[t]))).sum() for t in ("T", "Myeloid", "B")]
         assert near[0] == min(near)
+
+    def test_the_ten_high_level_types_of_the_paper_differ(self):
+        obs = paper_types().reset_index().astype(str)
+        obs = obs.rename(columns={"mid": "cell_type_mid", "high": "cell_type_high"}).rename(str, axis="index")
+        colors = plots.palette(AnnData(np.zeros((len(obs), 1)), obs=obs), "high")
+        assert len(colors) == len(set(colors.values())) == 10 + 1
+
+    def test_of_many_groups_each_has_its_colour(self):
+        assert len(set(distinct(12))) == 12 and distinct(3) == plots.OTHER_COLORS[:3]
+
+    def test_cells_are_drawn_the_smaller_the_more_there_are(self):
+        assert point_size(1000) == point_size(10_000) == 9 and point_size(240_000) == 0.5
 
     def test_style_is_set(self):
         plots.set_style()
@@ -208,6 +222,13 @@ class TestTaxonomy:
         assert points(left) == concepts.n_obs and concepts.var.loc[f"concept_{concept}", "kind"] in left.get_title()
         assert sorted(bar.get_width() for bar in right.patches) == pytest.approx(sorted(shares[shares > 0.01]))
         assert f"{concepts.var.loc[f'concept_{concept}', 'n_cells']} active cells" in right.get_xlabel()
+
+    def test_of_many_types_the_most_frequent_are_named(self, concepts, concept, monkeypatch):
+        monkeypatch.setattr(taxonomy, "BARS", 2)
+        right = plots.concept_examples(concepts, [concept]).axes[1]
+        shares = type_shares(concepts[:, f"concept_{concept}"]).iloc[0].nlargest(2)
+        assert [bar.get_width() for bar in right.patches] == pytest.approx([1 - shares.sum(), *shares[::-1]])
+        assert [text.get_text() for text in right.get_yticklabels()] == ["all others", *shares.index[::-1]]
 
     def test_activation_by_type(self, concepts, concept):
         ax = plots.activation_by_type(concepts, concept).axes[0]

@@ -9,26 +9,25 @@ from anndata import AnnData
 from matplotlib.figure import Figure
 
 from ..cells import LEVELS
-from .style import OTHER_COLORS, legend_below, palette, umap_axes
+from .style import distinct, legend_below, palette, point_size, scatter_groups, umap_axes
 
 
 def umap_types(adata: AnnData, level: str = "mid", ax=None) -> Figure:
     """Scatter plot of the cells in the UMAP of their embeddings, coloured by cell type (Figs. 4 and 5)."""
     fig, ax = (ax.figure, ax) if ax is not None else plt.subplots(figsize=(6.5, 4.8))
-    colors, types, xy = palette(adata, level), adata.obs[LEVELS[level]].astype(str), adata.obsm["X_umap"]
-    for cell_type, color in colors.items():
-        rows = (types == cell_type).to_numpy()
-        if rows.any():
-            ax.scatter(*xy[rows].T, s=9, color=color, label=f"{cell_type} ({rows.sum()})", linewidths=0)
+    types = adata.obs[LEVELS[level]].astype(str).to_numpy()
+    scatter_groups(ax, adata.obsm["X_umap"], types, palette(adata, level))
     umap_axes(ax)
-    legend_below(ax, f"cell type, {level} level (cells)", markerscale=2)
+    legend_below(ax, f"cell type, {level} level (cells)")
     return fig
 
 
 def umap_values(ax, xy: np.ndarray, values: np.ndarray, title: str = "", label: str = "activation") -> None:
     """Cells in the UMAP, coloured from dark blue (0) to yellow; high values are drawn on top."""
     order = np.argsort(values, kind="stable")
-    points = ax.scatter(*xy[order].T, c=values[order], s=7, cmap="viridis", linewidths=0)
+    high = values[order] > 0  # a few of many would not be seen if they were as small as the others
+    size = np.where(high, point_size(high.sum(), 7), point_size(len(xy), 7))
+    points = ax.scatter(*xy[order].T, c=values[order], s=size, cmap="viridis", linewidths=0)
     umap_axes(ax, title)
     ax.figure.colorbar(points, ax=ax, label=label, shrink=0.8)
 
@@ -36,17 +35,11 @@ def umap_values(ax, xy: np.ndarray, values: np.ndarray, title: str = "", label: 
 def umap_studies(adata: AnnData) -> Figure:
     """Scatter plot of the cells in the UMAP of their embeddings, coloured by study."""
     fig, ax = plt.subplots(figsize=(6.2, 4.5))
-    for i, study in enumerate(sorted(adata.obs["study"].astype(str).unique())):
-        rows = (adata.obs["study"] == study).to_numpy()
-        ax.scatter(
-            *adata.obsm["X_umap"][rows].T,
-            s=9,
-            color=OTHER_COLORS[i % len(OTHER_COLORS)],
-            label=f"{study} ({rows.sum()})",
-            linewidths=0,
-        )
+    studies = adata.obs["study"].astype(str).to_numpy()
+    names = sorted(set(studies))
+    scatter_groups(ax, adata.obsm["X_umap"], studies, dict(zip(names, distinct(len(names)))))
     umap_axes(ax)
-    legend_below(ax, "study (cells)", markerscale=2)
+    legend_below(ax, "study (cells)")
     return fig
 
 

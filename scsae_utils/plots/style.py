@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
+import numpy as np
 import seaborn as sns
 from anndata import AnnData
 from matplotlib.colors import to_hex
@@ -29,8 +30,9 @@ def palette(adata: AnnData, level: str = "low") -> dict[str, str]:
     """Colour of each cell type of a level; the shades of a high-level type's colour for the types below it."""
     obs = adata.obs[list(LEVELS.values())].astype(str)
     high = sorted(set(obs["cell_type_high"]) - {UNASSIGNED})
-    spare = [c for c in OTHER_COLORS]
-    base = {t: HIGH_COLORS.get(t) or spare[i % len(spare)] for i, t in enumerate(high)} | {UNASSIGNED: GREY}
+    others = [t for t in high if t not in HIGH_COLORS]
+    base = HIGH_COLORS | dict(zip(others, distinct(len(others)))) | {UNASSIGNED: GREY}
+    base = {t: base[t] for t in [*high, UNASSIGNED]}
     if level == "high":
         colors = base
     else:
@@ -46,10 +48,31 @@ def palette(adata: AnnData, level: str = "low") -> dict[str, str]:
     return colors | {UNASSIGNED: GREY}  # the last one
 
 
+def distinct(n: int) -> list[str]:
+    """``n`` colours; of more than there are in :data:`OTHER_COLORS`, hues at equal distances."""
+    return OTHER_COLORS[:n] if n <= len(OTHER_COLORS) else [to_hex(c) for c in sns.husl_palette(n)]
+
+
+def point_size(n_cells: int, largest: float = 9) -> float:
+    """Size (square points) of a cell in a map: as scanpy's, the smaller the more cells there are."""
+    return min(largest, 120_000 / max(n_cells, 1))
+
+
 def legend_below(ax, title: str, columns: int = 3, markerscale: float = 1) -> None:
     """A legend under the axes, where it covers no points and leaves figures narrow enough for a telephone."""
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncol": columns}
     ax.legend(**below, frameon=False, title=title, fontsize=9, title_fontsize=10, markerscale=markerscale)
+
+
+def scatter_groups(ax, xy: np.ndarray, groups: np.ndarray, colors: dict[str, str]) -> None:
+    """Cells coloured by group, in random order, so that no group covers the others; with their numbers for a legend."""
+    known = np.flatnonzero(np.isin(groups, list(colors)))
+    order = np.random.default_rng(0).permutation(known)
+    ax.scatter(*xy[order].T, s=point_size(len(xy)), c=[colors[group] for group in groups[order]], linewidths=0)
+    for group, color in colors.items():
+        n = (groups == group).sum()
+        if n:
+            ax.scatter([], [], s=36, color=color, label=f"{group} ({n})", linewidths=0)
 
 
 def umap_axes(ax, title: str = "") -> None:

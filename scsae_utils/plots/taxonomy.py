@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from ..cells import LEVELS, UNASSIGNED
 from ..concepts import KINDS, kept, type_shares
 from .cells import umap_values
-from .style import KIND_COLORS, legend_below, palette, umap_axes
+from .style import GREY, KIND_COLORS, legend_below, palette, point_size, umap_axes
+
+BARS = 12  # types of a concept's cells that are named in a figure, at most
 
 
 def specificity_sensitivity(concepts: AnnData, threshold: float = 0.8) -> Figure:
@@ -91,8 +93,10 @@ def concept_examples(concepts: AnnData, chosen: list[int], level: str = "low") -
             f"concept {j}: {row['kind']}, {row['main_type']}",
         )
         shares = type_shares(concepts[:, name], level).iloc[0]
-        shares = shares[shares > 0.01].sort_values()
-        right.barh(shares.index, shares, color=[colors[t] for t in shares.index])
+        most = shares[shares > 0.01].nlargest(BARS)[::-1]
+        others = {"all others": shares.sum() - most.sum()} if len(most) < (shares > 0.01).sum() else {}
+        most = pd.concat([pd.Series(others, dtype=float), most])
+        right.barh(most.index, most, color=[colors.get(t, GREY) for t in most.index])
         right.set(xlim=(0, 1), xlabel=f"share of the {int(row['n_cells'])} active cells")
     return fig
 
@@ -131,7 +135,7 @@ def prototypes_in_umap(concepts: AnnData, concept: int, prototypes, counterfactu
     xy = concepts.obsm["X_umap"]
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     umap_values(axes[0], xy, concepts[:, f"concept_{concept}"].X.toarray().ravel(), f"activation of concept {concept}")
-    axes[1].scatter(*xy.T, s=5, color="#DDDDDD", linewidths=0)
+    axes[1].scatter(*xy.T, s=point_size(len(xy), 5), color="#DDDDDD", linewidths=0)
     for rows, color, marker, label in [
         (np.unique(counterfactuals), "#0072B2", "o", "counterfactuals"),
         (prototypes, "#D55E00", "^", "prototypes"),
