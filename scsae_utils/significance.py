@@ -148,11 +148,11 @@ def redrawn_attributions(
     U = sae.activations(adata.obsm["X_scGPT"]).tocsr()
     changes, labels = [], []
     for draw in range(n_draws):
-        bins = bin_cells(adata, model, ties="random", seed=int(np.random.default_rng([seed, draw]).integers(2**32)))
+        number = int(np.random.default_rng([seed, draw]).integers(2**32))
         for concept, symbols in genes.items():
             columns = gene_columns(adata, symbols)
             for row in prototypes[concept]:
-                new = bins[row].toarray().ravel()
+                new = bin_cells(adata, model, "random", number, slice(row, row + 1)).toarray().ravel()
                 changes += [Change(concept, row, np.array([c]), new[c]) for c in columns]
                 labels += [(concept, gene, draw, U[row, concept]) for gene in symbols]
     table = pd.DataFrame(labels, columns=["concept", "gene", "draw", "activation"])
