@@ -7,8 +7,8 @@ active concepts of 10,000, as many as the paper's after its thousand epochs) and
 attributions are of some concepts. Texts and gene sets are those that travel in packages.
 
 Memory is the highest resident set of a chapter's largest process, the kernel, from start to end; time is on the clock,
-with all cores. Files lie in runs/ and are deleted at the end; a stopped call goes on from the last whole
-chapter.
+with all cores. Files lie in runs/ and are deleted when all chapters are done; a stopped call goes on from the
+last whole chapter.
 """
 
 import argparse

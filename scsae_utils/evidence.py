@@ -235,9 +235,6 @@ def better_than_nothing(
 
 def first_prototypes(attributions: pd.DataFrame, n: int) -> pd.DataFrame:
     """The attributions in the ``n`` most active prototypes of each concept."""
-    attributions = attributions[
-        ["concept", "cell", "gene", "attribution", "activation"]
-    ]  # a large table: no more of it
     order = attributions.drop_duplicates(["concept", "cell"]).sort_values("activation", ascending=False, kind="stable")
     order = order[order.groupby("concept").cumcount() < n]
     return attributions.merge(order[["concept", "cell"]], on=["concept", "cell"])
@@ -255,6 +252,8 @@ def halves(attributions: pd.DataFrame, n_draws: int = 200, seed: int = 0) -> pd.
     ``other`` (median correlation with the other half of other concepts), ``n_genes``, ``strength`` (largest mean
     attribution in size).
     """
+    # A large table: no more of it than is needed.
+    attributions = attributions[["concept", "cell", "gene", "attribution", "activation"]]
     order = attributions.drop_duplicates(["concept", "cell"]).sort_values("activation", ascending=False, kind="stable")
     order = order.assign(half=order.groupby("concept").cumcount() % 2).set_index(["concept", "cell"])["half"]
     table = attributions.join(order, on=["concept", "cell"])
